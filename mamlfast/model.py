@@ -1,0 +1,167 @@
+"""A module as a function of its parameters, and a Hugging Face causal LM as ``loss(params, batch)``.
+
+The model is the user's own and stays so: for the time of one call its parameters are replaced, its cache and its own
+checkpointing are off, its attention is one that can be differentiated twice, its blocks recompute; afterwards
+everything is as it was, whatever happened in between.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamlfast.blocks import recomputed
+from mamlfast.swap import swapped
+from mamlfast.tree import Params
+
+_log = logging.getLogger("mamlfast")
+
+# What Hugging Face models run on that has a second derivative here: plain tensor arithmetic, and PyTorch's own
+# attention function, which Dual answers with the attention Rule.
+TWICE_DIFFERENTIABLE_ATTENTION = ("eager", "sdpa")
+
+
+def functional(
+    module: nn.Module, *, recompute: bool = True, blocks: Sequence[nn.Module] | None = None
+) -> tuple[Callable[..., Any], Params]:
+    """Return ``call, params`` with ``call(params, *args, **kwargs) == module(*args, **kwargs)`` on ``params``.
+
+    ``params`` maps names to the module's trainable parameters (those that require a gradient), detached, each once
+    however often it is tied. ``recompute`` keeps only the inputs of ``blocks`` and recomputes the rest in the
+    backward; ``blocks`` defaults to the module's repeated layers, if it has any. Buffers keep their values.
+    Raises ValueError where nothing is trainable.
+    """
+    params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("the module must have a parameter that requires a gradient; all of its parameters are frozen")
+    found = list(find_blocks(module) if blocks is None else blocks) if recompute else []
+
+    def call(params: Params, *args, **kwargs):
+        with swapped(module, params), recomputed(found), own_checkpointing_off(module):
+            return module(*args, **kwargs)
+
+    return call, params
+
+
+def causal_lm(
+    model: nn.Module, *, recompute: bool = True
+) -> tuple[Callable[[Params, Mapping[str, Tensor]], Tensor], Params]:
+    """Return ``loss, params`` of a Hugging Face causal language model.
+
+    ``loss(params, batch)`` is the model's own loss, a scalar, at ``params``; ``batch`` is a dict of tensors as the
+    model takes it: ``input_ids`` [B, T] int64, ``labels`` [B, T] (-100 where there is no loss; the model shifts
+    them), optionally ``attention_mask``. With ``recompute`` (the default) each decoder layer keeps its input only:
+    one more forward in time, a fraction of the memory. Where the model was loaded with an attention that cannot be
+    differentiated twice, another is used and that is said once.
+
+    Raises TypeError for a model without a configuration or a batch that is not a dict, ValueError for a batch
+    without labels, with nothing but masked labels, or longer than the model's positions.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "vocab_size"):
+        raise TypeError(
+            f"model must be a Hugging Face causal language model; got {type(model).__name__} without a configuration: "
+            f"for any other module write loss(params, batch) around mamlfast.functional(model)"
+        )
+    call, params = functional(model, recompute=recompute)
+
+    def loss(params: Params, batch: Mapping[str, Tensor]) -> Tensor:
+        check_batch(config, batch)
+        with differentiable_attention(model):
+            return call(params, **batch, use_cache=False).loss
+
+    return loss, params
+
+
+def check_batch(config: Any, batch: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError unless ``batch`` is one that a causal LM of ``config`` has a loss on."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a dict of tensors with input_ids and labels; got {type(batch).__name__}")
+    missing = [key for key in ("input_ids", "labels") if batch.get(key) is None]
+    if missing:
+        raise ValueError(f"a batch must have input_ids and labels; {missing[0]} is missing, got {sorted(batch)}")
+    ids, labels = batch["input_ids"], batch["labels"]
+    if ids.ndim != 2 or labels.shape != ids.shape:
+        raise ValueError(
+            f"input_ids must be [batch, tokens] and labels of the same shape; "
+            f"got {tuple(ids.shape)} and {tuple(labels.shape)}"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] > longest:
+        raise ValueError(
+            f"a sequence must fit the model's {longest} positions; got {ids.shape[1]} tokens: truncate the batch"
+        )
+    if not (labels[:, 1:] != -100).any():
+        raise ValueError("a batch must have at least one label that is not -100 after its first token; all are masked")
+
+
+def find_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the layers that repeat: the longest ``ModuleList`` of two or more modules of one class, or none."""
+    best: list[nn.Module] = []
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList) and len({type(m) for m in child}) == 1 and len(child) > max(1, len(best)):
+            best = list(child)
+    return best
+
+
+@contextmanager
+def own_checkpointing_off(module: nn.Module) -> Iterator[None]:
+    """Switch a model's own gradient checkpointing off inside the block.
+
+    Its recomputation would come after the weights were given back and silently use the wrong ones; the blocks are
+    recomputed by the engine instead.
+    """
+    switched = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    try:
+        for m in switched:
+            setattr(m, "gradient_checkpointing", False)
+        yield
+    finally:
+        for m in switched:
+            setattr(m, "gradient_checkpointing", True)
+
+
+@contextmanager
+def differentiable_attention(model: nn.Module) -> Iterator[None]:
+    """Route attention that has no second derivative to one that has, inside the block."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    with ExitStack() as stack:
+        for config in configs.values():
+            loaded = getattr(config, "_attn_implementation", None)
+            if loaded is not None and loaded not in TWICE_DIFFERENTIABLE_ATTENTION:
+                stack.enter_context(_attention_of(config, loaded))
+        yield
+
+
+@contextmanager
+def _attention_of(config, loaded):
+    # sdpa has no logit soft-cap.
+    replacement = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    if loaded not in _said:
+        _said.add(loaded)
+        _log.warning(
+            "%s attention cannot be differentiated twice; %s is used where second derivatives are taken",
+            loaded,
+            replacement,
+        )
+    try:
+        config._attn_implementation = replacement
+        yield
+    finally:
+        config._attn_implementation = loaded
+
+
+_said: set[str] = set()
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters that require a gradient, by name, tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next(model.parameters()).device
