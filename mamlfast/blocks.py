@@ -12,13 +12,14 @@ the step it belongs to. Random draws are repeated.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mamlfast.dual import Dual
@@ -88,6 +89,7 @@ class _Call:
         self._weights = [
             (places.get(id(s.tensor)), None if id(s.tensor) in places else s.tensor) for s in slots
         ]
+        self._modes = _get_current_function_mode_stack()
         self._random: RandomState | None = None
         self._returned: tuple | None = None
 
@@ -114,8 +116,18 @@ class _Call:
         weights = [x if place is None else xs[place] for place, x in self._weights]
         args, kwargs = tree_unflatten(leaves, self._spec)
         # As outside any Function: there, gradients are off and a no_grad of the model's own could not be told.
-        with torch.enable_grad(), _set_fwd_grad_enabled(True), filled(self._slots, weights):
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), self._modes_on(), filled(self._slots, weights):
             return self._only_tensor(self._on_the_same_draws(args, kwargs))
+
+    @contextmanager
+    def _modes_on(self):
+        """The torch function modes of the first run, which a backward pass that was called under them leaves off."""
+        active = _get_current_function_mode_stack()
+        with ExitStack() as stack:
+            for mode in self._modes:
+                if not any(mode is other for other in active):
+                    stack.enter_context(mode)
+            yield
 
     def _on_the_same_draws(self, args, kwargs):
         if self._random is None:

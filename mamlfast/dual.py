@@ -238,11 +238,22 @@ def _pad_arguments(input, pad, mode="constant", value=None):
 
 
 def _embedding(func, args, kwargs):
-    """Linear in the weight, the second argument; ``max_norm`` would change it in place."""
-    ids, weight, *rest = args
-    if len(rest) > 1 and rest[1] is not None or kwargs.get("max_norm") is not None:
+    """Linear in the weight, the second argument, save for the padding row: to autograd that one is a constant."""
+    ids, weight, padding_idx, max_norm = _embedding_arguments(*args, **kwargs)
+    if max_norm is not None:
         raise NotImplementedError("embedding with max_norm changes its weight in place; use max_norm=None")
-    return Dual(func(ids, weight.primal, *rest, **kwargs), func(ids, weight.tangent, *rest, **kwargs))
+    y_dot = func(ids, weight.tangent, padding_idx)
+    if padding_idx is not None:
+        y_dot = y_dot.masked_fill((ids == padding_idx % weight.shape[0])[..., None], 0)
+    return Dual(func(ids, weight.primal, padding_idx), y_dot)
+
+
+def _embedding_arguments(
+    input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+):
+    if scale_grad_by_freq or sparse:
+        raise NotImplementedError("embedding of a Dual needs dense gradients that are not scaled by frequency")
+    return input, weight, padding_idx, max_norm
 
 
 def _dropout(func, args, kwargs):

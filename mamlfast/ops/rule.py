@@ -34,9 +34,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C import _disabled_torch_function_impl
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import handle_torch_function, has_torch_function
 
 Tensors = tuple[Tensor, ...]
 MaybeTensors = tuple[Tensor | None, ...]
@@ -62,8 +62,10 @@ class Rule:
 
     def __call__(self, *xs: Tensor, **options) -> Tensor:
         """Apply the operation; autograd may differentiate it twice, in any mixture of modes."""
-        if has_torch_function(xs):
-            return handle_torch_function(self, xs, *xs, **options)
+        for x in xs:
+            if type(x) is not Tensor and type(x).__torch_function__ is not _disabled_torch_function_impl:
+                # Torch function modes are not asked: what they look for happens inside the rule.
+                return type(x).__torch_function__(self, (type(x),), xs, options)
         return _Primal.apply(self, options, *xs)[0]
 
     def dual(self, xs: Tensors, xs_dot: MaybeTensors, **options) -> tuple[Tensor, Tensor]:
