@@ -133,9 +133,7 @@ class Unrolled:
         with torch.enable_grad(), kept(), sdpa_kernel(SDPBackend.MATH), deterministic_attention_dropout():
             for k, batch in enumerate(loop.batches):
                 value = loop.loss(params, batch)
-                grads = torch.autograd.grad(
-                    value, list(params.values()), create_graph=True, materialize_grads=True
-                )
+                grads = torch.autograd.grad(value, list(params.values()), create_graph=True, materialize_grads=True)
                 _check_finite(k, value, {n: g.sum() for n, g in zip(params, grads, strict=True)})
                 params = {n: loop.inner.update(p, g) for (n, p), g in zip(params.items(), grads, strict=True)}
                 losses.append(value.detach())

@@ -12,7 +12,7 @@ the step it belongs to. Random draws are repeated.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 
@@ -41,17 +41,20 @@ def kept() -> Iterator[None]:
 
 
 @contextmanager
-def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+def recomputed(
+    blocks: Iterable[nn.Module], world: Callable[[], AbstractContextManager] = nullcontext
+) -> Iterator[None]:
     """Run each of ``blocks`` with recomputation inside the ``with``; afterwards they are as they were.
 
-    A block must return one floating-point tensor, alone or in a tuple whose other entries are None. Raises
-    NotImplementedError where one returns more.
+    ``world()`` is a context that the caller runs the blocks in; a recomputation, which comes when the caller has
+    left it, enters it again. A block must return one floating-point tensor, alone or in a tuple whose other entries
+    are None. Raises NotImplementedError where one returns more.
     """
     blocks = list(blocks)
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = partial(_forward, block, block.forward)
+            block.forward = partial(_forward, block, block.forward, world)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):
@@ -60,15 +63,20 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
                 block.forward = forward
 
 
-def _forward(block, forward, *args, **kwargs):
+def _forward(block, forward, world, *args, **kwargs):
     slots = parameter_slots(block)
     leaves, spec = tree_flatten((args, kwargs))
     operands = _operands(leaves, slots)
     if not (operands and _recompute.get() and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
-    call = _Call(forward, leaves, spec, slots, operands)
+    call = _Call(partial(_in_world, world, forward), leaves, spec, slots, operands)
     y = call.rule(type(block).__name__)(*operands.values())
     return call.as_returned(y)
+
+
+def _in_world(world, forward, *args, **kwargs):
+    with world():
+        return forward(*args, **kwargs)
 
 
 def _operands(leaves, slots) -> dict[int, Tensor]:
@@ -86,9 +94,7 @@ class _Call:
         # Where an operand goes, by number; a constant is kept as it is. Operands themselves are not: autograd
         # saves them, and lets go of them when it is done.
         self._leaves = [(places.get(id(x)), None if id(x) in places else x) for x in leaves]
-        self._weights = [
-            (places.get(id(s.tensor)), None if id(s.tensor) in places else s.tensor) for s in slots
-        ]
+        self._weights = [(places.get(id(s.tensor)), None if id(s.tensor) in places else s.tensor) for s in slots]
         self._modes = _get_current_function_mode_stack()
         self._random: RandomState | None = None
         self._returned: tuple | None = None
@@ -112,8 +118,9 @@ class _Call:
         return tree_unflatten([*leaves[:place], y, *leaves[place + 1 :]], spec)
 
     def _run(self, xs) -> Tensor:
-        leaves = [x if place is None else xs[place] for place, x in self._leaves]
-        weights = [x if place is None else xs[place] for place, x in self._weights]
+        leaves, weights = (
+            [x if place is None else xs[place] for place, x in places] for places in (self._leaves, self._weights)
+        )
         args, kwargs = tree_unflatten(leaves, self._spec)
         # As outside any Function: there, gradients are off and a no_grad of the model's own could not be told.
         with torch.enable_grad(), _set_fwd_grad_enabled(True), self._modes_on(), filled(self._slots, weights):
@@ -145,6 +152,7 @@ class _Call:
                 f"a recomputed block must return one tensor; it returned {kinds}: pass recompute=False"
             )
         y = leaves[places[0]]
+        assert isinstance(y, Tensor)
         leaves[places[0]] = None
         self._returned = leaves, spec, places[0]
         return y
@@ -164,12 +172,8 @@ class _Call:
     def _bwd_jvp(self, xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot):
         """The transpose of the dual map, run backwards: the cotangent of y_dot is y_bar, that of y is y_bar_dot."""
         xs = [x.detach().requires_grad_(n) for x, n in zip(xs, need_dot, strict=True)]
-        xs_dot = [
-            torch.zeros_like(x) if t is None and n else t for x, t, n in zip(xs, xs_dot, need, strict=True)
-        ]
-        xs_dot = [
-            None if t is None else t.detach().requires_grad_(n) for t, n in zip(xs_dot, need, strict=True)
-        ]
+        xs_dot = [torch.zeros_like(x) if t is None and n else t for x, t, n in zip(xs, xs_dot, need, strict=True)]
+        xs_dot = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(xs_dot, need, strict=True)]
         y = self._run(_pairs(xs, xs_dot))
         outputs = [y.primal, y.tangent] if isinstance(y, Dual) else [y]
         bars = _gradients(outputs, [y_bar_dot, y_bar][: len(outputs)], [*xs, *xs_dot])

@@ -22,7 +22,7 @@ they are to autograd.
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -37,22 +37,28 @@ _log = logging.getLogger("mamlfast")
 
 # Names of torch functions and properties, less the underscores that operators carry.
 _PRIMAL = set(
-    "shape dtype device ndim layout requires_grad is_leaf grad_fn names is_cuda is_cpu is_meta is_mps is_xpu "
-    "is_sparse is_quantized is_nested nbytes itemsize size dim ndimension numel nelement len stride is_contiguous "
-    "storage_offset element_size get_device is_floating_point is_complex is_signed result_type "
-    "eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign bool int float index item tolist "
-    "any all allclose equal detach data new_zeros new_ones new_full new_empty new_tensor "
-    "zeros_like ones_like full_like empty_like rand_like randn_like bernoulli format str".split()
+    """
+    shape dtype device ndim layout requires_grad is_leaf grad_fn names is_cuda is_cpu is_meta is_mps is_xpu is_sparse
+    is_quantized is_nested nbytes itemsize size dim ndimension numel nelement len stride is_contiguous storage_offset
+    element_size get_device is_floating_point is_complex is_signed result_type
+    eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign bool int float index item tolist any all allclose
+    equal detach data new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like
+    rand_like randn_like bernoulli format str
+    """.split()
 )
 # ``float`` is both a cast (``x.float()``) and a conversion (``float(x)``, a dunder); told apart by the underscores.
 _LINEAR = set(
-    "T mT H mH view view_as reshape reshape_as flatten unflatten ravel transpose permute swapaxes movedim moveaxis "
-    "contiguous getitem select narrow chunk split tensor_split unbind squeeze unsqueeze expand expand_as "
-    "broadcast_to repeat tile repeat_interleave flip roll diagonal diag tril triu unfold gather index_select take "
-    "to type type_as double half bfloat16 clone alias neg negative positive sum mean nansum cumsum sum_to_size "
-    "real masked_select cpu cuda".split()
+    """
+    T mT H mH view view_as reshape reshape_as flatten unflatten ravel transpose permute swapaxes movedim moveaxis
+    contiguous getitem select narrow chunk split tensor_split unbind squeeze unsqueeze expand expand_as broadcast_to
+    repeat tile repeat_interleave flip roll diagonal diag tril triu unfold gather index_select take
+    to type type_as double half bfloat16 clone alias neg negative positive sum mean nansum cumsum sum_to_size
+    real masked_select cpu cuda
+    """.split()
 )
 _VIEW_CASTS = {"float"}
+_AUGMENTED = {"iadd", "isub", "imul", "itruediv", "ipow"}
+_REFUSED = {"setitem", "numpy", "array", "dlpack", "data_ptr", "storage", "untyped_storage", "share_memory"}
 _SUM = {"add", "radd", "sub", "subtract", "rsub"}
 _SCALE = {"mul", "multiply", "rmul", "div", "divide", "truediv", "true_divide"}
 
@@ -65,6 +71,7 @@ class Dual(Tensor):
 
     primal: Tensor
     tangent: Tensor
+    viewed: bool  # whether another Dual may share its memory
 
     @staticmethod
     def __new__(cls, primal: Tensor, tangent: Tensor) -> "Dual":
@@ -74,7 +81,7 @@ class Dual(Tensor):
                 f"got {tuple(tangent.shape)} {tangent.dtype}"
             )
         self = Tensor._make_wrapper_subclass(cls, primal.shape, dtype=primal.dtype, device=primal.device)
-        self.primal, self.tangent = primal, tangent
+        self.primal, self.tangent, self.viewed = primal, tangent, primal.is_leaf and primal.requires_grad
         return self
 
     def __repr__(self) -> str:
@@ -94,16 +101,18 @@ class Dual(Tensor):
         raise NotImplementedError(f"{func} met a Dual below the level of torch functions")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _handler(func) -> Callable:
     """Return how a torch function is answered: ``(func, args, kwargs) -> result``."""
     raw = func.__self__.__name__ if func.__name__ in ("__get__", "__set__") else func.__name__
     dunder = raw.startswith("__")
     name = raw.strip("_")
-    if func.__name__ == "__set__" or name == "setitem" or (raw.endswith("_") and not dunder):
-        return _refuse_in_place
-    if dunder and name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow"):
-        return _refuse_in_place
+    if func.__name__ == "__set__" or name in _REFUSED:
+        return _refuse
+    if raw == "requires_grad_":
+        return _requires_grad
+    if (raw.endswith("_") and not dunder) or (dunder and name in _AUGMENTED):
+        return _in_place
     if name in OWN_ANSWERS:
         return OWN_ANSWERS[name]
     if name in _VIEW_CASTS and not dunder:
@@ -127,10 +136,30 @@ def _without_grad(func, args, kwargs):
     return func(*_primals(args), **_primals(kwargs))
 
 
-def _refuse_in_place(func, args, kwargs):
+def _refuse(func, args, kwargs):
     raise NotImplementedError(
-        f"{func.__name__} would change a Dual in place, and views of it would not follow; use the pure form"
+        f"{func.__name__} of a Dual would lose the tangent or leave a view of it behind; use a pure PyTorch function"
     )
+
+
+def _requires_grad(func, args, kwargs):
+    """Models ask it of their embeddings; the tangent does what the primal does."""
+    func(args[0].primal, *args[1:], **kwargs)
+    return args[0]
+
+
+def _in_place(func, args, kwargs):
+    """The pure form, its result put into the Dual itself; views of it would not follow, so there must be none."""
+    x, *rest = args
+    name = func.__name__
+    pure = getattr(Tensor, f"__{name[3:]}" if name.startswith("__i") else name[:-1], None)
+    if not isinstance(x, Dual) or x.viewed or pure is None:
+        return _refuse(func, args, kwargs)
+    y = pure(x, *rest, **kwargs)
+    if y.shape != x.shape or y.dtype != x.dtype:
+        return _refuse(func, args, kwargs)
+    x.primal, x.tangent = y.primal, y.tangent
+    return x
 
 
 def _primal(func, args, kwargs):
@@ -143,7 +172,16 @@ def _linear(func, args, kwargs):
     if not isinstance(args[0], Dual):
         return y
     y_dot = func(*_tangents(args), **_tangents(kwargs))
-    return tree_map(lambda p, t: Dual(p, t) if isinstance(p, Tensor) and p.is_floating_point() else p, y, y_dot)
+    return tree_map(lambda p, t: _view_of(args[0], p, t) if isinstance(p, Tensor) else p, y, y_dot)
+
+
+def _view_of(x, p, t):
+    if not p.is_floating_point():
+        return p
+    y = Dual(p, t)
+    if p is x.primal or p._is_view():
+        x.viewed = y.viewed = True
+    return y
 
 
 def _sum(func, args, kwargs):
@@ -179,6 +217,8 @@ def _scale(func, args, kwargs):
 
 
 def _answered(func, args, kwargs):
+    if kwargs.get("inplace"):
+        return _in_place_option(func, args, kwargs)
     answer = ANSWERS.get(func.__name__.strip("_"))
     if answer is not None:
         y = answer(*args, **kwargs)
@@ -259,12 +299,10 @@ def _embedding_arguments(
 def _dropout(func, args, kwargs):
     """One mask for the primal and the tangent, drawn as dropout on the primal would draw it."""
     x, p, training, inplace = _dropout_arguments(*args, **kwargs)
-    if inplace:
-        return _refuse_in_place(func, args, kwargs)
     if not training or p == 0:
         return x
     mask = func(torch.ones_like(x.primal), p, True)
-    return Dual(x.primal * mask, x.tangent * mask)
+    return x.mul_(mask) if inplace else x * mask
 
 
 def _dropout_arguments(input, p=0.5, training=True, inplace=False):
@@ -294,9 +332,21 @@ OWN_ANSWERS: dict[str, Callable] = {
 }
 
 
+def _in_place_option(func, args, kwargs):
+    """``F.relu(x, inplace=True)`` and its like."""
+    x, *rest = args
+    if not isinstance(x, Dual) or x.viewed:
+        return _refuse(func, args, kwargs)
+    y = func(x, *rest, **(kwargs | {"inplace": False}))
+    x.primal, x.tangent = y.primal, y.tangent
+    return x
+
+
 def _derived(func, args, kwargs):
     """Answer with the rule that autograd derives for this one call."""
-    func = TWICE_DIFFERENTIABLE.get(func, func)
+    if kwargs.get("inplace"):
+        return _in_place_option(func, args, kwargs)
+    name, twice = func.__name__, TWICE_DIFFERENTIABLE.get(func, func)
     leaves, spec = tree_flatten((args, kwargs))
     slots = [i for i, x in enumerate(leaves) if isinstance(x, Dual) or isinstance(x, Tensor) and x.requires_grad]
     duals = [leaves[i] for i in slots]
@@ -306,26 +356,26 @@ def _derived(func, args, kwargs):
     def call(*xs):
         filled = dict(enumerate(leaves)) | dict(zip(slots, xs, strict=True))
         args, kwargs = tree_unflatten(filled.values(), spec)
-        y = func(*args, **kwargs)
+        y = twice(*args, **kwargs)
         if not (isinstance(y, Tensor) and y.is_floating_point()):
             raise NotImplementedError(
-                f"{func.__name__} of a Dual needs a Rule: autograd derives one only where the result is one "
+                f"{name} of a Dual needs a Rule: autograd derives one only where the result is one "
                 f"differentiable tensor, and this is {_kind(y)}"
             )
         return y
 
     before = _random_state(duals)
-    y = _apply(derived_rule(func.__name__, call), duals, {})
+    y = _apply(derived_rule(name, call), duals, {})
     if not torch.equal(before, _random_state(duals)):
         raise NotImplementedError(
-            f"{func.__name__} of a Dual needs a Rule: it is random, and the derived one evaluates it a second time, "
+            f"{name} of a Dual needs a Rule: it is random, and the derived one evaluates it a second time, "
             f"on other draws"
         )
-    _report(func.__name__)
+    _report(name)
     return y
 
 
-@lru_cache(maxsize=None)
+@cache
 def _report(name):
     _log.debug("%s has no Rule; its second order is derived by autograd, exact but slow", name)
 
@@ -345,4 +395,4 @@ def _math_attention(*args, **kwargs):
 
 
 # Functions whose own backward has no backward, and the form of them that has.
-TWICE_DIFFERENTIABLE = {F.scaled_dot_product_attention: _math_attention}
+TWICE_DIFFERENTIABLE: dict[Callable, Callable] = {F.scaled_dot_product_attention: _math_attention}

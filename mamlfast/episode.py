@@ -1,6 +1,6 @@
 """One task's share of a meta-batch: what to adapt on, and what to be judged on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Episode:
             )
         if not self.support:
             raise ValueError("support must hold at least one batch; got an empty list")
-        if self.query is None or (hasattr(self.query, "__len__") and len(self.query) == 0):
+        if self.query is None or (isinstance(self.query, (Mapping, list, tuple)) and not self.query):
             raise ValueError("query must be a batch of the same task as the support; got none")
 
 
@@ -40,7 +40,5 @@ def batches_for(support: Sequence[Batch], steps: int | None) -> tuple[Batch, ...
     if steps < 0:
         raise ValueError(f"steps must not be negative; got {steps}")
     if len(support) not in (1, steps):
-        raise ValueError(
-            f"support must hold one batch, or one for each of the {steps} inner steps; got {len(support)}"
-        )
+        raise ValueError(f"support must hold one batch, or one for each of the {steps} inner steps; got {len(support)}")
     return tuple(support) if len(support) == steps else (support[0],) * steps

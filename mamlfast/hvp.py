@@ -38,7 +38,7 @@ def sweep(loss: Loss, params: Params, batch: Any, consume: Consume, v: Params | 
     try:
         with torch.enable_grad(), deterministic_attention_dropout():
             value = _check(loss(leaves if v is None else _duals(leaves, v), batch), v is not None)
-            slope = value if v is None else value.tangent
+            slope = value.tangent if isinstance(value, Dual) else value
             if slope.requires_grad:
                 torch.autograd.backward(slope, inputs=list(leaves.values()))
     finally:
@@ -69,7 +69,7 @@ def hvp(loss: Loss, params: Params, v: Params, batch: Any) -> Params:
     return {name: products[name] if name in products else torch.zeros_like(p) for name, p in params.items()}
 
 
-def _duals(leaves, v):
+def _duals(leaves, v) -> Params:
     return {name: Dual(leaf, v[name].detach()) for name, leaf in leaves.items()}
 
 

@@ -41,7 +41,8 @@ def meta_grad(
 
     ::
 
-        params_{k+1} = params_k - lr grad L(params_k; support[k])        meta-gradient = d L(params_K; query) / d params_0
+        params_{k+1} = params_k - lr grad L(params_k; support[k])
+        meta-gradient = d L(params_K; query) / d params_0
 
     ``loss(params, batch)`` is any scalar function of a dict of tensors; ``adjoint`` says how to differentiate and
     defaults to ``Replay()``, which is exact (MAML: Finn et al., 2017, arXiv:1703.03400; MAML-en-LLM: Sinha et al.,

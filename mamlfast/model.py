@@ -6,11 +6,11 @@ everything is as it was, whatever happened in between.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mamlfast.blocks import recomputed
@@ -40,7 +40,8 @@ def functional(
     found = list(find_blocks(module) if blocks is None else blocks) if recompute else []
 
     def call(params: Params, *args, **kwargs):
-        with swapped(module, params), recomputed(found), own_checkpointing_off(module):
+        world = partial(holding, settings(module))
+        with swapped(module, params), recomputed(found, world), world():
             return module(*args, **kwargs)
 
     return call, params
@@ -70,8 +71,7 @@ def causal_lm(
 
     def loss(params: Params, batch: Mapping[str, Tensor]) -> Tensor:
         check_batch(config, batch)
-        with differentiable_attention(model):
-            return call(params, **batch, use_cache=False).loss
+        return call(params, **batch, use_cache=False).loss
 
     return loss, params
 
@@ -107,37 +107,31 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
     return best
 
 
-@contextmanager
-def own_checkpointing_off(module: nn.Module) -> Iterator[None]:
-    """Switch a model's own gradient checkpointing off inside the block.
+Setting = tuple[Any, str, Any]
 
-    Its recomputation would come after the weights were given back and silently use the wrong ones; the blocks are
-    recomputed by the engine instead.
+
+def settings(module: nn.Module) -> list[Setting]:
+    """What a model's own settings have to be while the engine runs it, as (object, attribute, value).
+
+    Its gradient checkpointing is off: a recomputation of its own would come after the weights were given back and
+    silently use the wrong ones. Its attention is one that has a second derivative.
     """
-    switched = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False) is True]
-    try:
-        for m in switched:
-            setattr(m, "gradient_checkpointing", False)
-        yield
-    finally:
-        for m in switched:
-            setattr(m, "gradient_checkpointing", True)
+    found: list[Setting] = []
+    seen: set[int] = set()
+    for m in module.modules():
+        if getattr(m, "gradient_checkpointing", False) is True:
+            found.append((m, "gradient_checkpointing", False))
+        config = getattr(m, "config", None)
+        if config is not None and id(config) not in seen:
+            seen.add(id(config))
+            found.extend(_attention_settings(config))
+    return found
 
 
-@contextmanager
-def differentiable_attention(model: nn.Module) -> Iterator[None]:
-    """Route attention that has no second derivative to one that has, inside the block."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    with ExitStack() as stack:
-        for config in configs.values():
-            loaded = getattr(config, "_attn_implementation", None)
-            if loaded is not None and loaded not in TWICE_DIFFERENTIABLE_ATTENTION:
-                stack.enter_context(_attention_of(config, loaded))
-        yield
-
-
-@contextmanager
-def _attention_of(config, loaded):
+def _attention_settings(config) -> list[Setting]:
+    loaded = getattr(config, "_attn_implementation", None)
+    if loaded is None or loaded in TWICE_DIFFERENTIABLE_ATTENTION:
+        return []
     # sdpa has no logit soft-cap.
     replacement = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     if loaded not in _said:
@@ -147,11 +141,20 @@ def _attention_of(config, loaded):
             loaded,
             replacement,
         )
+    return [(config, "_attn_implementation", replacement)]
+
+
+@contextmanager
+def holding(settings: Iterable[Setting]) -> Iterator[None]:
+    """Hold each attribute at its value inside the block."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     try:
-        config._attn_implementation = replacement
+        for owner, name, value in settings:
+            setattr(owner, name, value)
         yield
     finally:
-        config._attn_implementation = loaded
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 _said: set[str] = set()
@@ -160,8 +163,3 @@ _said: set[str] = set()
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters that require a gradient, by name, tied ones once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
-    return next(model.parameters()).device

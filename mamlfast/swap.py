@@ -4,9 +4,10 @@ Weights that are tied stay tied: a tensor stands in every place where the parame
 copied for the time being, so that running statistics and caches are the same after any number of replays.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from mamlfast.tree import Params
 class Slot:
     """One place in a module tree that holds a tensor: ``registry[key]``, a module's parameters or buffers."""
 
-    registry: dict[str, Tensor | None]
+    registry: MutableMapping[str, Any]
     key: str
 
     @property
@@ -41,10 +42,7 @@ def parameter_slots(module: nn.Module) -> list[Slot]:
 def buffer_slots(module: nn.Module) -> list[Slot]:
     """Every place of every buffer."""
     return [
-        Slot(owner._buffers, key)
-        for owner in module.modules()
-        for key, b in owner._buffers.items()
-        if b is not None
+        Slot(owner._buffers, key) for owner in module.modules() for key, b in owner._buffers.items() if b is not None
     ]
 
 

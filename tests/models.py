@@ -72,9 +72,7 @@ def draw_batch(seed: int, *, padded: str = "", shape: tuple[int, int] = (2, 9)) 
 
 def draw_episode(steps: int = 1, **options) -> mamlfast.Episode:
     """An episode with one support batch a step."""
-    return mamlfast.Episode(
-        support=[draw_batch(k, **options) for k in range(steps)], query=draw_batch(100, **options)
-    )
+    return mamlfast.Episode(support=[draw_batch(k, **options) for k in range(steps)], query=draw_batch(100, **options))
 
 
 def double_backward(model: nn.Module, episode: mamlfast.Episode, *, lr: float = LR) -> dict[str, Tensor]:

@@ -58,9 +58,7 @@ def test_the_hessian_of_every_class_is_symmetric_and_the_slope_of_its_gradient(n
     model, batch = tiny_model(name), draw_episode().query
     loss, params = mamlfast.causal_lm(model)
     generator = torch.Generator().manual_seed(7)
-    u, v = (
-        {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in params.items()} for _ in range(2)
-    )
+    u, v = ({n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in params.items()} for _ in range(2))
     with float64_throughout():
         hu, hv = (mamlfast.hvp(loss, params, direction, batch) for direction in (u, v))
         uhv, vhu = (sum((a[n] * b[n]).sum() for n in params) for a, b in ((u, hv), (v, hu)))

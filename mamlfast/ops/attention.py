@@ -96,17 +96,18 @@ class _Plan:
         for start in range(0, self.T, step):
             rows = slice(start, min(start + step, self.T))
             keys = slice(0, min(rows.stop, self.S) if self.causal else self.S)
-            offset = start if self.causal else None
-            yield _Chunk(rows=rows, keys=keys, visible=Visible(causal_offset=offset, mask=self._mask(rows, keys)))
+            yield _Chunk(rows=rows, keys=keys, visible=self._visible(rows, keys))
 
-    def _mask(self, rows, keys):
+    def _visible(self, rows, keys):
+        offset = rows.start if self.causal else None
         if self.mask is None:
-            return None
+            return Visible(causal_offset=offset)
         m = self.mask[:, :, rows if self.mask.shape[2] > 1 else slice(None)]
         m = m[..., keys] if m.shape[3] > 1 else m.expand(*m.shape[:3], keys.stop)
-        if m.shape[:2] == (1, 1):
-            return m[0]
-        return m.expand(self.B, self.H, *m.shape[2:]).reshape(-1, *m.shape[2:])
+        if m.shape[1] == 1:  # all heads of a batch entry share it
+            return Visible(causal_offset=offset, mask=m[:, 0], repeat=self.H)
+        m = m.expand(self.B, self.H, *m.shape[2:]).reshape(-1, *m.shape[2:])
+        return Visible(causal_offset=offset, mask=m)
 
     def queries(self, x, rows):
         """[B, H, T, D] -> the chunk's [B G, (H/G) R, D]: the group's rows stacked under their key head."""
@@ -124,9 +125,17 @@ class _Plan:
         """[B, H, T] -> [B H, R]."""
         return x[:, :, rows].reshape(self.B * self.H, -1)
 
+    def new_statistic(self, x):
+        """[B, H, T], float32 at least: a row statistic in half precision would spoil every score of its row."""
+        return x.new_empty(self.B, self.H, self.T, dtype=torch.promote_types(x.dtype, torch.float32))
+
     def put(self, out, rows, value):
         """The inverse of ``queries`` and ``row_statistic``: write a chunk into [B, H, T, ...]."""
         out[:, :, rows] = value.view(self.B, self.H, -1, *out.shape[3:])
+
+
+def _row_sum(a, b):
+    return (a * b).sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
 
 
 def _plan(q, k, *, mask=None, causal=False, scale=None):
@@ -139,7 +148,7 @@ def _plan(q, k, *, mask=None, causal=False, scale=None):
 def _fwd(xs, **options):
     q, k, v = xs
     plan = _plan(q, k, **options)
-    o, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
+    o, lse = q.new_empty(*q.shape[:3], v.shape[-1]), plan.new_statistic(q)
     k, v = plan.keys(k), plan.keys(v)
     for chunk in plan.chunks():
         s = plan.queries(q, chunk.rows) @ k[:, chunk.keys].mT
@@ -153,7 +162,7 @@ def _fwd_jvp(xs, xs_dot, **options):
     (q, k, v), (q_dot, k_dot, v_dot) = xs, xs_dot
     plan = _plan(q, k, **options)
     o, o_dot = (q.new_empty(*q.shape[:3], v.shape[-1]) for _ in range(2))
-    lse, mu = (q.new_empty(q.shape[:3]) for _ in range(2))
+    lse, mu = plan.new_statistic(q), plan.new_statistic(q)
     k, v, k_dot, v_dot = (plan.keys(x) for x in (k, v, k_dot, v_dot))
     for chunk in plan.chunks():
         rows, keys = chunk.rows, chunk.keys
@@ -171,7 +180,7 @@ def _fwd_jvp(xs, xs_dot, **options):
 def _bwd(xs, saved, y_bar, need, **options):
     (q, k, v), (o, lse) = xs, saved
     plan = _plan(q, k, **options)
-    delta = (y_bar * o).sum(-1)
+    delta = _row_sum(y_bar, o)
     q_bar = torch.empty_like(q)
     k_rows, v_rows = plan.keys(k), plan.keys(v)
     k_bar, v_bar = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
@@ -179,8 +188,8 @@ def _bwd(xs, saved, y_bar, need, **options):
         rows, keys = chunk.rows, chunk.keys
         q_rows, o_bar = plan.queries(q, rows), plan.queries(y_bar, rows)
         p, s_bar = q_rows @ k_rows[:, keys].mT, o_bar @ v_rows[:, keys].mT
-        statistics = (plan.row_statistic(x, rows) for x in (lse, delta))
-        scores_bwd(plan.heads(p), plan.heads(s_bar), *statistics, plan.scale, chunk.visible)
+        lse_r, delta_r = (plan.row_statistic(x, rows) for x in (lse, delta))
+        scores_bwd(plan.heads(p), plan.heads(s_bar), lse_r, delta_r, plan.scale, chunk.visible)
         v_bar[:, keys].baddbmm_(p.mT, o_bar)
         k_bar[:, keys].baddbmm_(s_bar.mT, q_rows)
         plan.put(q_bar, rows, s_bar @ k_rows[:, keys])
@@ -190,7 +199,7 @@ def _bwd(xs, saved, y_bar, need, **options):
 def _bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot, **options):
     (q, k, v), (q_dot, k_dot, v_dot), (o, o_dot, lse, mu) = xs, xs_dot, saved
     plan = _plan(q, k, **options)
-    delta, delta_dot = (y_bar * o).sum(-1), (y_bar_dot * o).sum(-1) + (y_bar * o_dot).sum(-1)
+    delta, delta_dot = _row_sum(y_bar, o), _row_sum(y_bar_dot, o) + _row_sum(y_bar, o_dot)
     q_bar, q_bar_dot = torch.empty_like(q), torch.empty_like(q)
     k_all, v_all, k_dot_all, v_dot_all = (plan.keys(x) for x in (k, v, k_dot, v_dot))
     k_bar, k_bar_dot = torch.zeros_like(k_all), torch.zeros_like(k_all)
@@ -203,9 +212,9 @@ def _bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot, **options):
         p_dot = torch.bmm(q_dot_r, k_c.mT).baddbmm_(q_r, k_dot_c.mT)
         s_bar = o_bar @ v_c.mT
         s_bar_dot = torch.bmm(o_bar_dot, v_c.mT).baddbmm_(o_bar, v_dot_c.mT)
-        tiles = (plan.heads(x) for x in (p, p_dot, s_bar, s_bar_dot))
-        statistics = (plan.row_statistic(x, rows) for x in (lse, mu, delta, delta_dot))
-        scores_bwd_jvp(*tiles, *statistics, plan.scale, chunk.visible)
+        tiles = [plan.heads(x) for x in (p, p_dot, s_bar, s_bar_dot)]
+        statistics = [plan.row_statistic(x, rows) for x in (lse, mu, delta, delta_dot)]
+        scores_bwd_jvp(*tiles, *statistics, scale=plan.scale, visible=chunk.visible)
         v_bar[:, keys].baddbmm_(p.mT, o_bar)
         v_bar_dot[:, keys].baddbmm_(p_dot.mT, o_bar).baddbmm_(p.mT, o_bar_dot)
         k_bar[:, keys].baddbmm_(s_bar.mT, q_r)

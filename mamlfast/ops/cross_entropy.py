@@ -33,9 +33,7 @@ def cross_entropy_reference(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of z [R, V] against target [R] int64; a scalar, or [R] with ``reduction="none"``."""
-    return F.cross_entropy(
-        z, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    return F.cross_entropy(z, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ tangent is None, its cotangent not needed) costs no product: a frozen weight tak
 W has ``torch.nn.Linear``'s layout, [out, in].
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,14 +59,14 @@ def _linear_bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot):
     x_dot_rows = None if x_dot is None else _rows(x_dot)
     x_bar_dot = w_bar_dot = None
     if need_dot[0]:
-        x_bar_dot = _sum_of_products((rows_dot, w), (rows, w_dot)).view(x.shape)
+        x_bar_dot = _sum_of_products((rows_dot, w), (rows, w_dot)).reshape(x.shape)
     if need_dot[1]:
         w_bar_dot = _sum_of_products((rows_dot.mT, _rows(x)), (rows.mT, x_dot_rows))
     b_bar_dot = (rows_dot.sum(0) if need_dot[2] else None for _ in b)
     return _linear_bwd(xs, saved, y_bar, need), (x_bar_dot, w_bar_dot, *b_bar_dot)
 
 
-def _sum_of_products(*pairs):
+def _sum_of_products(*pairs) -> Any:
     """Sum of the matrix products whose factors are both there; None where there is none."""
     out = None
     for a, b in pairs:
@@ -125,7 +127,7 @@ def _bilinear(name, product, left, right):
     )
 
 
-def _sum_of(product, *pairs):
+def _sum_of(product, *pairs) -> Any:
     terms = [product(a, b) for a, b in pairs if a is not None and b is not None]
     return sum(terms[1:], start=terms[0]) if terms else None
 

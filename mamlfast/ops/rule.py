@@ -204,9 +204,7 @@ class _Backward(Function):
     def backward(ctx, *xs_bar_cot):
         *xs, y_bar = ctx.saved_tensors
         need = (ctx.needs_input_grad[4 : 4 + ctx.n], ctx.needs_input_grad[-1:])
-        *xs_cot, y_bar_cot = _Final.apply(
-            ctx.rule, ctx.options, _double_backward, ctx.n, need, *xs, *xs_bar_cot, y_bar
-        )
+        *xs_cot, y_bar_cot = _Final.apply(ctx.rule, ctx.options, _double_backward, ctx.n, need, *xs, *xs_bar_cot, y_bar)
         return *(None,) * 4, *xs_cot, *(None for _ in range(ctx.num_saved)), y_bar_cot
 
     @staticmethod
@@ -216,9 +214,7 @@ class _Backward(Function):
         if y_bar_dot is None:
             y_bar_dot = torch.zeros_like(y_bar)
         need = ((True,) * ctx.n,) * 2
-        return _Final.apply(
-            ctx.rule, ctx.options, _backward_jvp, ctx.n, need, *xs, *xs_dot, y_bar, y_bar_dot
-        )
+        return _Final.apply(ctx.rule, ctx.options, _backward_jvp, ctx.n, need, *xs, *xs_dot, y_bar, y_bar_dot)
 
 
 class _Dual(Function):
@@ -266,9 +262,7 @@ def _double_backward(rule, options, need, xs, xs_bar_cot, y_bar):
     need_xs, need_y_bar = need
     _, y_dot, saved = rule._fwd_jvp(options, xs, xs_bar_cot)
     nothing = (False,) * len(xs)
-    _, xs_bar_dot = rule._bwd_jvp(
-        options, xs, xs_bar_cot, saved, y_bar, torch.zeros_like(y_bar), nothing, need_xs
-    )
+    _, xs_bar_dot = rule._bwd_jvp(options, xs, xs_bar_cot, saved, y_bar, torch.zeros_like(y_bar), nothing, need_xs)
     return *_wanted(xs_bar_dot, need_xs), *_wanted((y_dot,), need_y_bar)
 
 
@@ -280,9 +274,7 @@ def _backward_jvp(rule, options, need, xs, xs_dot, y_bar, y_bar_dot):
 def _dual_backward(rule, options, need, xs, xs_dot, *saved_and_cotangents):
     *saved, y_cot, y_dot_cot = saved_and_cotangents
     need_xs, need_xs_dot = need
-    xs_bar, xs_bar_dot = rule._bwd_jvp(
-        options, xs, xs_dot, tuple(saved), y_dot_cot, y_cot, need_xs_dot, need_xs
-    )
+    xs_bar, xs_bar_dot = rule._bwd_jvp(options, xs, xs_dot, tuple(saved), y_dot_cot, y_cot, need_xs_dot, need_xs)
     return *_wanted(xs_bar_dot, need_xs), *_wanted(xs_bar, need_xs_dot)
 
 

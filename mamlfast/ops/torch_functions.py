@@ -118,9 +118,7 @@ def _cross_entropy(
     )
 
 
-def sdpa(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-) -> Tensor:
+def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
     """``F.scaled_dot_product_attention`` in Rules, or with dropout in torch functions that draw in a fixed order."""
     plain_mask = attn_mask is None or type(attn_mask) is Tensor and not attn_mask.requires_grad
     if not plain_mask or query.ndim != 4 or key.shape[0] != query.shape[0]:
