@@ -31,6 +31,8 @@ def sweep(loss: Loss, params: Params, batch: Any, consume: Consume, v: Params | 
     change it in place. Cost in units of a linear layer's product: 3, with ``v`` 8; a recomputing loss 4 and 11.
     Raises ValueError where the loss is no scalar, or does not depend on the parameters.
     """
+    if v is not None:
+        _refuse_autocast(params)
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     handles = [
         leaf.register_post_accumulate_grad_hook(partial(_deliver, consume, name)) for name, leaf in leaves.items()
@@ -67,6 +69,14 @@ def hvp(loss: Loss, params: Params, v: Params, batch: Any) -> Params:
     products: Params = {}
     sweep(loss, params, batch, products.__setitem__, v)
     return {name: products[name] if name in products else torch.zeros_like(p) for name, p in params.items()}
+
+
+def _refuse_autocast(params):
+    kinds = {p.device.type for p in params.values()}
+    if any(torch.is_autocast_enabled(kind) for kind in kinds):
+        raise NotImplementedError(
+            "second-order passes do not run under autocast: leave it, and load the model in the dtype to compute in"
+        )
 
 
 def _duals(leaves, v) -> Params:

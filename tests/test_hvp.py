@@ -102,6 +102,12 @@ def test_parameters_of_the_caller_are_left_alone():
     assert x.grad is None and x.requires_grad
 
 
+def test_autocast_is_refused_in_second_order_passes():
+    params = {"x": torch.ones(2)}
+    with torch.autocast("cpu"), pytest.raises(NotImplementedError, match="autocast"):
+        mamlfast.hvp(quadratic, params, params, None)
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [

@@ -53,6 +53,20 @@ def test_replay_is_double_backward_on_the_models_as_they_are(name, attention):
     assert overall_error(engine(model, episode, mamlfast.FirstOrder()), want) > 0.05
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_bfloat16_is_as_close_to_float64_as_double_backward_in_bfloat16(name, attention):
+    episode = draw_episode(2, padded="right")
+    want = double_backward(tiny_model(name), episode)
+    model = tiny_model(name, attention=attention).bfloat16()
+    errors = []
+    for adjoint in (mamlfast.Unrolled(), mamlfast.Replay()):
+        got = engine(model, episode, adjoint)
+        assert {g.dtype for g in got.values()} == {torch.bfloat16}
+        errors.append(overall_error({n: g.double() for n, g in got.items()}, want))
+    assert errors[1] < 1.5 * errors[0] < 0.5
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_hessian_of_every_class_is_symmetric_and_the_slope_of_its_gradient(name):
     model, batch = tiny_model(name), draw_episode().query
