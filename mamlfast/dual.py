@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mamlfast.ops.rule import Rule, derived_rule
 from mamlfast.ops.torch_functions import ANSWERS
@@ -172,6 +172,8 @@ def _linear(func, args, kwargs):
     if not isinstance(args[0], Dual):
         return y
     y_dot = func(*_tangents(args), **_tangents(kwargs))
+    if isinstance(y, Tensor):
+        return _view_of(args[0], y, y_dot)
     return tree_map(lambda p, t: _view_of(args[0], p, t) if isinstance(p, Tensor) else p, y, y_dot)
 
 
@@ -235,11 +237,22 @@ def _apply(rule, xs, options):
 
 
 def _primals(tree):
-    return tree_map_only(Dual, lambda d: d.primal, tree)
+    return _halves(tree, "primal")
 
 
 def _tangents(tree):
-    return tree_map_only(Dual, lambda d: d.tangent, tree)
+    return _halves(tree, "tangent")
+
+
+def _halves(tree, half):
+    """Replace each Dual by one half of it, in arguments as torch functions take them: this runs at every call."""
+    if isinstance(tree, Dual):
+        return getattr(tree, half)
+    if type(tree) in (tuple, list):
+        return type(tree)([_halves(x, half) for x in tree])
+    if type(tree) is dict:
+        return {key: _halves(x, half) for key, x in tree.items()}
+    return tree
 
 
 def _join(func, args, kwargs):

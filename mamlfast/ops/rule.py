@@ -66,7 +66,7 @@ class Rule:
             if type(x) is not Tensor and type(x).__torch_function__ is not _disabled_torch_function_impl:
                 # Torch function modes are not asked: what they look for happens inside the rule.
                 return type(x).__torch_function__(self, (type(x),), xs, options)
-        return _Primal.apply(self, options, *xs)[0]
+        return _apply(_Primal, self, options, *xs)[0]
 
     def dual(self, xs: Tensors, xs_dot: MaybeTensors, **options) -> tuple[Tensor, Tensor]:
         """Return ``(y, y_dot)``; autograd may differentiate both, once.
@@ -74,7 +74,7 @@ class Rule:
         ``xs_dot[i]`` has the shape and dtype of ``xs[i]``, or is None where ``xs[i]`` is a constant.
         Backpropagating a loss tangent through this is a Hessian-vector product.
         """
-        return _Dual.apply(self, options, len(xs), *xs, *xs_dot)[:2]
+        return _apply(_Dual, self, options, len(xs), *xs, *xs_dot)[:2]
 
     def _tangents(self, xs, xs_dot) -> MaybeTensors:
         if self.none_tangents:
@@ -151,6 +151,13 @@ def _vjp(outputs, inputs, cotangents):
     return torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
 
 
+def _apply(function, *args):
+    """``function.apply(*args)``; outside ``torch.func`` without inspecting its signature at every call."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*args)
+
+
 class _Primal(Function):
     """``xs -> y``. The saved tensors are outputs too, for ``torch.func`` sees nothing else."""
 
@@ -171,11 +178,11 @@ class _Primal(Function):
     @staticmethod
     def backward(ctx, y_bar, *_):
         need = ctx.needs_input_grad[2:]
-        return None, None, *_Backward.apply(ctx.rule, ctx.options, ctx.n, need, *ctx.saved_tensors, y_bar)
+        return None, None, *_apply(_Backward, ctx.rule, ctx.options, ctx.n, need, *ctx.saved_tensors, y_bar)
 
     @staticmethod
     def jvp(ctx, _rule, _options, *xs_dot):
-        y_dot = _Dual.apply(ctx.rule, ctx.options, ctx.n, *ctx.saved_tensors[: ctx.n], *xs_dot)[1]
+        y_dot = _apply(_Dual, ctx.rule, ctx.options, ctx.n, *ctx.saved_tensors[: ctx.n], *xs_dot)[1]
         return y_dot, *(None for _ in range(ctx.num_saved))
 
 
@@ -204,7 +211,9 @@ class _Backward(Function):
     def backward(ctx, *xs_bar_cot):
         *xs, y_bar = ctx.saved_tensors
         need = (ctx.needs_input_grad[4 : 4 + ctx.n], ctx.needs_input_grad[-1:])
-        *xs_cot, y_bar_cot = _Final.apply(ctx.rule, ctx.options, _double_backward, ctx.n, need, *xs, *xs_bar_cot, y_bar)
+        *xs_cot, y_bar_cot = _apply(
+            _Final, ctx.rule, ctx.options, _double_backward, ctx.n, need, *xs, *xs_bar_cot, y_bar
+        )
         return *(None,) * 4, *xs_cot, *(None for _ in range(ctx.num_saved)), y_bar_cot
 
     @staticmethod
@@ -214,7 +223,7 @@ class _Backward(Function):
         if y_bar_dot is None:
             y_bar_dot = torch.zeros_like(y_bar)
         need = ((True,) * ctx.n,) * 2
-        return _Final.apply(ctx.rule, ctx.options, _backward_jvp, ctx.n, need, *xs, *xs_dot, y_bar, y_bar_dot)
+        return _apply(_Final, ctx.rule, ctx.options, _backward_jvp, ctx.n, need, *xs, *xs_dot, y_bar, y_bar_dot)
 
 
 class _Dual(Function):
@@ -236,7 +245,7 @@ class _Dual(Function):
     def backward(ctx, y_cot, y_dot_cot, *_):
         need = (ctx.needs_input_grad[3 : 3 + ctx.n], ctx.needs_input_grad[3 + ctx.n :])
         tensors = (*ctx.saved_tensors, y_cot, y_dot_cot)
-        return None, None, None, *_Final.apply(ctx.rule, ctx.options, _dual_backward, ctx.n, need, *tensors)
+        return None, None, None, *_apply(_Final, ctx.rule, ctx.options, _dual_backward, ctx.n, need, *tensors)
 
 
 class _Final(Function):
