@@ -25,7 +25,7 @@ from mamlfast.blocks import kept
 from mamlfast.hvp import Loss, deterministic_attention_dropout, sweep, value_and_grad
 from mamlfast.inner import SGD
 from mamlfast.randomness import RandomState
-from mamlfast.tree import Params, detached
+from mamlfast.tree import Params, detached, empty_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,15 @@ class InnerLoop:
         Each parameter is updated as its gradient appears: there is no gradient buffer. Raises ValueError where the
         loss or a gradient is not finite, naming the step.
         """
-        after = dict(params)
-        sums = {}
+        after, sums = empty_like(params), {}
 
         def consume(name, g):
             sums[name] = g.sum(dtype=torch.promote_types(g.dtype, torch.float32))
-            after[name] = self.inner.update(params[name], g)
+            self.inner.update(params[name], g, out=after[name])
 
         value = sweep(self.loss, params, self.batches[k], consume)
         _check_finite(k, value, sums)
-        return after, value
+        return {name: p if name in sums else params[name] for name, p in after.items()}, value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +112,7 @@ class Replay:
 def _pull_back(loop, params, batch, v):
     """``v <- v - lr H v``, a parameter at a time, as its product appears."""
 
-    def consume(name, hv):
-        v[name] = loop.inner.pullback(v[name], hv)
-
-    sweep(loop.loss, params, batch, consume, v)
+    sweep(loop.loss, params, batch, lambda name, hv: loop.inner.pull_back(v[name], hv), v)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +130,7 @@ class Unrolled:
             for k, batch in enumerate(loop.batches):
                 value = loop.loss(params, batch)
                 grads = torch.autograd.grad(value, list(params.values()), create_graph=True, materialize_grads=True)
-                _check_finite(k, value, {n: g.sum() for n, g in zip(params, grads, strict=True)})
+                _check_finite(k, value.detach(), {n: g.detach().sum() for n, g in zip(params, grads, strict=True)})
                 params = {n: loop.inner.update(p, g) for (n, p), g in zip(params.items(), grads, strict=True)}
                 losses.append(value.detach())
             query_loss = loop.loss(params, query)
@@ -174,7 +170,7 @@ def _stacked(losses):
 
 
 def _check_finite(k, value, sums):
-    if torch.isfinite(torch.stack([value.detach().float(), *(s.detach().float() for s in sums.values())])).all():
+    if torch.isfinite(torch.stack([value.float(), *(s.float() for s in sums.values())])).all():
         return
     if not torch.isfinite(value):
         raise ValueError(

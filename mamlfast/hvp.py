@@ -21,7 +21,7 @@ from mamlfast.ops.torch_functions import sdpa
 from mamlfast.tree import Params, check_like
 
 Loss = Callable[[Params, Any], Tensor]
-Consume = Callable[[str, Tensor], None]
+Consume = Callable[[str, Tensor], object]
 
 
 def sweep(loss: Loss, params: Params, batch: Any, consume: Consume, v: Params | None = None) -> Tensor:
@@ -51,9 +51,9 @@ def sweep(loss: Loss, params: Params, batch: Any, consume: Consume, v: Params | 
 
 def value_and_grad(loss: Loss, params: Params, batch: Any) -> tuple[Tensor, Params]:
     """Return the loss and its gradient; zeros for a parameter that the loss does not depend on."""
-    grads: Params = {}
-    value = sweep(loss, params, batch, grads.__setitem__)
-    return value, {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
+    grads = {name: torch.zeros_like(p) for name, p in params.items()}
+    value = sweep(loss, params, batch, lambda name, g: grads[name].copy_(g))
+    return value, grads
 
 
 def hvp(loss: Loss, params: Params, v: Params, batch: Any) -> Params:
@@ -66,9 +66,9 @@ def hvp(loss: Loss, params: Params, v: Params, batch: Any) -> Params:
     scalar, NotImplementedError where an operation has no exact second order.
     """
     check_like(params, v, "v")
-    products: Params = {}
-    sweep(loss, params, batch, products.__setitem__, v)
-    return {name: products[name] if name in products else torch.zeros_like(p) for name, p in params.items()}
+    products = {name: torch.zeros_like(p) for name, p in params.items()}
+    sweep(loss, params, batch, lambda name, hv: products[name].copy_(hv), v)
+    return products
 
 
 def _refuse_autocast(params):

@@ -30,10 +30,10 @@ class SGD:
         if not math.isfinite(self.lr) or self.lr < 0:
             raise ValueError(f"lr must be finite and not negative; got {self.lr}")
 
-    def update(self, p: Tensor, g: Tensor) -> Tensor:
-        """Return the parameter after the step; differentiable, and nothing is changed in place."""
-        return torch.add(p, g, alpha=-self.lr)
+    def update(self, p: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return the parameter after the step, in ``out`` if given; differentiable without it."""
+        return torch.add(p, g, alpha=-self.lr, out=out)
 
-    def pullback(self, v: Tensor, hv: Tensor) -> Tensor:
-        """Return ``v_k`` from ``v = v_{k+1}`` and ``hv = H_k v``; takes over the memory of ``hv``."""
-        return hv.mul_(-self.lr).add_(v)
+    def pull_back(self, v: Tensor, hv: Tensor) -> None:
+        """Turn ``v = v_{k+1}`` into ``v_k`` in place, given ``hv = H_k v``."""
+        v.add_(hv, alpha=-self.lr)
