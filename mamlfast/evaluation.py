@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from mamlfast.data.batch import Batch, collate
-from mamlfast.data.example import Example
 from mamlfast.data.episodes import leave_one_out
+from mamlfast.data.example import Example
 from mamlfast.data.prompt import IGNORED, Prompter, Tokens
 from mamlfast.data.tasks import FewShot
 from mamlfast.meta import MetaLearner
@@ -61,12 +61,14 @@ class Scorer:
         pad_id: the id to pad with.
         shots: exemplars in front of every target.
         max_tokens: the most padded tokens in a batch; what bounds the memory of the logits.
+        max_candidates: the most prompts of a task; one with many options is scored on fewer examples.
     """
 
     prompter: Prompter
     pad_id: int
     shots: int
     max_tokens: int = 4096
+    max_candidates: int = 64
 
     def evaluate(self, learner: MetaLearner, tasks: Sequence[FewShot]) -> Iterator[TaskScore]:
         """Score each task in context, then again with the learner's parameters adapted to its shots."""
@@ -91,10 +93,12 @@ class Scorer:
     def score(self, model: PreTrainedModel, task: FewShot) -> Score:
         """Score the model as it is on the task's test examples."""
         exemplars = task.shots[: self.shots]
-        choices = [self._choices(exemplars, example) for example in task.test]
+        options = max(1, max(len(example.options) for example in task.test))
+        test = task.test[: max(1, self.max_candidates // options)]
+        choices = [self._choices(exemplars, example) for example in test]
         losses, exact = self._read(model, [prompt for prompts in choices for prompt in prompts])
         results, start = [], 0
-        for example, prompts in zip(task.test, choices, strict=True):
+        for example, prompts in zip(test, choices, strict=True):
             own = slice(start, start + len(prompts))
             results.append(_judge(example, losses[own], exact[own]))
             start = own.stop

@@ -34,6 +34,8 @@ LAYERS = [
     "mamlfast.compat*",
     "mamlfast.data*",
     "mamlfast.evaluation",
+    "mamlfast.config",
+    "mamlfast.report",
     "mamlfast",  # the public face gathers what stands above and is what the commands import
     "mamlfast.plan",
     "mamlfast.check",
