@@ -23,6 +23,7 @@ they are to autograd.
 import logging
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,8 @@ class Dual(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if not args and isinstance(kwargs.get("input"), Tensor):
+            args, kwargs = (kwargs["input"],), {key: x for key, x in kwargs.items() if key != "input"}
         if not torch.is_grad_enabled():
             return _without_grad(func, args, kwargs)
         if isinstance(func, Rule):
@@ -209,24 +212,30 @@ def _like(t, y):
 
 def _scale(func, args, kwargs):
     """A product with, or a quotient by, a constant; the rest is a Rule's or derived."""
-    a, b = args[:2]
-    if len(args) == 2 and not kwargs and not (isinstance(a, Dual) and isinstance(b, Dual)):
-        divides = "div" in func.__name__
-        if isinstance(a, Dual) or not divides:
-            y = func(*_primals(args))
-            return Dual(y, func(*_tangents(args)))
-    return _answered(func, args, kwargs)
+    if len(args) != 2 or kwargs:
+        return _derived(func, args, kwargs)
+    a, b = args
+    both, divides = isinstance(a, Dual) and isinstance(b, Dual), "div" in func.__name__
+    if both or (divides and not isinstance(a, Dual)):
+        return _answered(func, args, kwargs)
+    return Dual(func(*_primals(args)), func(*_tangents(args)))
 
 
 def _answered(func, args, kwargs):
     if kwargs.get("inplace"):
         return _in_place_option(func, args, kwargs)
     answer = ANSWERS.get(func.__name__.strip("_"))
-    if answer is not None:
+    if answer is not None and (not kwargs or _takes(answer, frozenset(kwargs))):
         y = answer(*args, **kwargs)
         if y is not NotImplemented:
             return y
     return _derived(func, args, kwargs)
+
+
+@cache
+def _takes(answer, names):
+    """Whether an answer knows all these keywords; torch functions and their nn.functional namesakes differ."""
+    return names <= signature(answer).parameters.keys()
 
 
 def _apply(rule, xs, options):

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from mamlfast.blocks import recomputed
 from mamlfast.swap import swapped
@@ -113,10 +114,10 @@ Setting = tuple[Any, str, Any]
 def settings(module: nn.Module) -> list[Setting]:
     """What a model's own settings have to be while the engine runs it, as (object, attribute, value).
 
-    Its gradient checkpointing is off: a recomputation of its own would come after the weights were given back and
-    silently use the wrong ones. Its attention is one that has a second derivative.
+    Gradient checkpointing of its own would recompute after the weights were given back and silently use the wrong
+    ones: Hugging Face's is off, and any other is refused. Its attention is one that has a second derivative.
     """
-    found: list[Setting] = []
+    found: list[Setting] = [(checkpoint, name, _RefusedCheckpoint) for name in _CHECKPOINTS]
     seen: set[int] = set()
     for m in module.modules():
         if getattr(m, "gradient_checkpointing", False) is True:
@@ -126,6 +127,22 @@ def settings(module: nn.Module) -> list[Setting]:
             seen.add(id(config))
             found.extend(_attention_settings(config))
     return found
+
+
+# What ``torch.utils.checkpoint.checkpoint`` looks up when it is called, however it was imported.
+_CHECKPOINTS = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+
+
+class _RefusedCheckpoint:
+    """Stands in for both."""
+
+    def __init__(self, *args, **kwargs):
+        raise NotImplementedError(
+            "the module uses torch.utils.checkpoint itself, which would recompute on other weights than it ran on; "
+            "switch that off: the engine recomputes the module's blocks (recompute=True)"
+        )
+
+    apply = __init__
 
 
 def _attention_settings(config) -> list[Setting]:

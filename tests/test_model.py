@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import mamlfast
 from mamlfast.model import find_blocks
@@ -46,6 +47,20 @@ def test_gradient_checkpointing_of_the_models_own_is_taken_over_and_given_back()
         got = mamlfast.meta_grad(loss, params, episode, inner=mamlfast.SGD(lr=LR), adjoint=adjoint).grads
         assert overall_error(got, want) < 1e-6
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_any_other_checkpointing_inside_a_module_is_refused_and_works_again_outside(reentrant):
+    class Checkpointed(nn.Linear):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    module = Checkpointed(3, 3)
+    call, params = mamlfast.functional(module)
+    with pytest.raises(NotImplementedError, match="uses torch.utils.checkpoint itself"):
+        mamlfast.value_and_grad(lambda p, x: call(p, x).sum(), params, torch.ones(2, 3))
+    module(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    assert module.weight.grad is not None
 
 
 def test_the_longest_list_of_like_modules_is_the_blocks():
