@@ -4,6 +4,7 @@
 // A row of scores is a few kilobytes: it comes from memory once, and all further loops over it run in the
 // first-level cache. Every kernel first scales and masks the row, so that no later loop knows of masks.
 #include "exp.h"
+#include "rows.h"
 #include "simd.h"
 #include "tensors.h"
 
@@ -15,9 +16,6 @@
 
 namespace mamlfast {
 namespace {
-
-template <class T>
-constexpr T kInf = std::numeric_limits<T>::infinity();
 
 // Which keys a row may see: the first `limit(row)` of them, and among these those that the mask allows.
 template <class T>
@@ -54,14 +52,6 @@ template <class T>
 MAMLFAST_INLINE void zero(T* s, int64_t begin, int64_t end) {
 #pragma omp simd
   for (int64_t c = begin; c < end; ++c) s[c] = 0;
-}
-
-template <class T>
-MAMLFAST_INLINE T maximum(const T* s, int64_t count) {
-  T m = -kInf<T>;
-#pragma omp simd reduction(max : m)
-  for (int64_t c = 0; c < count; ++c) m = s[c] > m ? s[c] : m;
-  return m;
 }
 
 template <class T>

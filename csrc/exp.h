@@ -52,21 +52,44 @@ MAMLFAST_INLINE T taylor(T r) {
   }
 }
 
-// exp(x) where results below the smallest normal number are zero; exp(-inf) = 0, NaN stays NaN.
+// The reduction above: returns 2^n and sets r, for x below the point where exp overflows.
 template <class Isa, class T>
-MAMLFAST_INLINE T exp_flushed(T x) {
+MAMLFAST_INLINE T power_of_two(T x, T& r) {
   using K = ExpConstants<T>;
-  const T y = x > K::kHighest ? K::kHighest : x;
-  const T shifted = y * T(1.4426950408889634) + K::kRound;
+  const T shifted = x * T(1.4426950408889634) + K::kRound;
   const T n = shifted - K::kRound;
-  const T r = Isa::madd(n, -K::kLn2Low, Isa::madd(n, -K::kLn2High, y));
+  r = Isa::madd(n, -K::kLn2Low, Isa::madd(n, -K::kLn2High, x));
   typename K::Bits bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits + K::kBias) << K::kMantissa;
   T power;
   std::memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
+// exp(x) where results below the smallest normal number are zero; exp(-inf) = 0, NaN stays NaN.
+template <class Isa, class T>
+MAMLFAST_INLINE T exp_flushed(T x) {
+  using K = ExpConstants<T>;
+  T r;
+  const T power = power_of_two<Isa>(x > K::kHighest ? K::kHighest : x, r);
   const T value = taylor<Isa, 0, K::kDegree>(r) * power;
   return x < K::kLowest ? T(0) : value;
+}
+
+// exp(x) as above and exp(x) - 1 without cancellation, for x <= 0.
+template <class T>
+struct ExpAndExpm1 {
+  T e, em1;
+};
+
+template <class Isa, class T>
+MAMLFAST_INLINE ExpAndExpm1<T> exp_and_expm1(T x) {
+  using K = ExpConstants<T>;
+  T r;
+  const T power = power_of_two<Isa>(x < K::kLowest ? K::kLowest : x, r);
+  const T q = r * taylor<Isa, 1, K::kDegree>(r);
+  return {x < K::kLowest ? T(0) : Isa::madd(q, power, power), Isa::madd(q, power, power - T(1))};
 }
 
 }  // namespace mamlfast

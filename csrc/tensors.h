@@ -13,15 +13,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-inline void check(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
+inline void check(const Tensor& t, ScalarType dtype, int64_t numel, const char* name,
+                  const char* expected = "the dtype of the first argument") {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), name, ": a contiguous CPU tensor expected");
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": the dtype of the first argument expected");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": ", expected, " expected");
   STD_TORCH_CHECK(t.numel() == numel, name, ": ", numel, " elements expected, got ", t.numel());
 }
 
 template <class T>
 T* data(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
-  check(t, like, numel, name);
+  check(t, like.scalar_type(), numel, name);
   return static_cast<T*>(t.mutable_data_ptr());
 }
 

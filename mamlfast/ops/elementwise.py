@@ -11,40 +11,110 @@ For ``y = phi(x)``, elementwise::
 
 (GELU: Hendrycks & Gimpel, 2016, arXiv:1606.08415; SiLU: Elfwing et al., 2017, arXiv:1702.03118.)
 A kink (ReLU at 0) has the derivative PyTorch gives it, and the second derivative zero.
+
+The activations have kernels that make one pass over memory a direction, where the eager formulas make ten or more; in
+C++ they are exact to a few units in the last place of phi', phi'' and their largest terms, tails included. Both rooms
+give the same first-order bits with and without tangents. No GPU has run the Triton kernels yet; Triton's interpreter
+and its compiler have.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamlfast.ops.backend import backend_for
 from mamlfast.ops.rule import Rule
 
 Elementwise = Callable[..., Tensor]
 
 
-def elementwise(name: str, phi: Elementwise, first: Elementwise, second: Elementwise | None) -> Rule:
-    """Return the Rule of ``phi`` from its derivatives, ``(x, **options) -> Tensor`` each; None: phi'' is zero."""
+def elementwise(
+    name: str, phi: Elementwise, first: Elementwise, second: Elementwise | None, *, compiled: bool = False
+) -> Rule:
+    """Return the Rule of ``phi`` from its derivatives, ``(x, **options) -> Tensor`` each; None: phi'' is zero.
+
+    ``compiled`` says that there are kernels of that name, which take no options.
+    """
+    rooms: dict[str, Any] = {"eager": _eager(phi, first, second)}
+    if compiled:
+        rooms |= {"native": _native(name), "triton": _triton(name)}
+
+    def room(*tensors):
+        x = tensors[0]
+        served = x.numel() > 0 and all(t.dtype == x.dtype for t in tensors)
+        return rooms[backend_for(*tensors, rooms=rooms if served else ("eager",))]
 
     def fwd(xs, **options):
-        return phi(*xs, **options), ()
+        return room(*xs)[0](*xs, None, **options)[0], ()
 
     def bwd(xs, saved, y_bar, need, **options):
-        return (first(*xs, **options) * y_bar,)
+        return room(*xs, y_bar)[1](*xs, None, y_bar, None, (True, False), **options)[:1]
 
     def fwd_jvp(xs, xs_dot, **options):
-        return phi(*xs, **options), first(*xs, **options) * xs_dot[0], ()
+        return *room(*xs, *xs_dot)[0](*xs, *xs_dot, **options), ()
 
     def bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot, **options):
-        slope = first(*xs, **options)
-        x_bar_dot = slope * y_bar_dot
-        if second is not None:
-            x_bar_dot = torch.addcmul(x_bar_dot, second(*xs, **options) * y_bar, xs_dot[0])
-        return (slope * y_bar if need[0] else None,), (x_bar_dot,)
+        wanted = need[0], need_dot[0]
+        _, backward = room(*xs, *xs_dot, y_bar, y_bar_dot)
+        x_bar, x_bar_dot = backward(*xs, *xs_dot, y_bar, y_bar_dot, wanted, **options)
+        return (x_bar,), (x_bar_dot,)
 
     return Rule(name=name, reference=phi, fwd=fwd, bwd=bwd, fwd_jvp=fwd_jvp, bwd_jvp=bwd_jvp)
+
+
+def _eager(phi, first, second):
+    def fwd(x, x_dot, **options):
+        return phi(x, **options), None if x_dot is None else first(x, **options) * x_dot
+
+    def bwd(x, x_dot, y_bar, y_bar_dot, wanted, **options):
+        slope = first(x, **options)
+        x_bar = slope * y_bar if wanted[0] else None
+        if x_dot is None:
+            return x_bar, None
+        x_bar_dot = slope * y_bar_dot
+        if second is not None:
+            x_bar_dot = torch.addcmul(x_bar_dot, second(x, **options) * y_bar, x_dot)
+        return x_bar, x_bar_dot
+
+    return fwd, bwd
+
+
+def _native(name):
+    def fwd(x, x_dot):
+        x, x_dot = _contiguous(x, x_dot)
+        y, y_dot = torch.empty_like(x), None if x_dot is None else torch.empty_like(x)
+        getattr(torch.ops.mamlfast, f"{name}_fwd")(x, x_dot, y, y_dot)
+        return y, y_dot
+
+    def bwd(x, x_dot, y_bar, y_bar_dot, wanted):
+        x, x_dot, y_bar, y_bar_dot = _contiguous(x, x_dot, y_bar, y_bar_dot)
+        x_bar, x_bar_dot = (torch.empty_like(x) if need else None for need in wanted)
+        getattr(torch.ops.mamlfast, f"{name}_bwd")(x, x_dot, y_bar, y_bar_dot, x_bar, x_bar_dot)
+        return x_bar, x_bar_dot
+
+    return fwd, bwd
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _triton(name):
+    def fwd(x, x_dot):
+        from mamlfast_kernels.elementwise import elementwise_fwd
+
+        return elementwise_fwd(name, x, x_dot)
+
+    def bwd(x, x_dot, y_bar, y_bar_dot, wanted):
+        from mamlfast_kernels.elementwise import elementwise_bwd
+
+        return elementwise_bwd(name, x, x_dot, y_bar, y_bar_dot)
+
+    return fwd, bwd
 
 
 def silu_reference(x: Tensor) -> Tensor:
@@ -131,12 +201,12 @@ def power_reference(x: Tensor, *, exponent: int) -> Tensor:
     return x**exponent
 
 
-silu = elementwise("silu", silu_reference, _silu_first, _silu_second)
-gelu = elementwise("gelu", gelu_reference, _gelu_first, _gelu_second)
-gelu_tanh = elementwise("gelu_tanh", gelu_tanh_reference, _gelu_tanh_first, _gelu_tanh_second)
-relu = elementwise("relu", torch.relu, _positive, None)
-tanh = elementwise("tanh", torch.tanh, _tanh_first, _tanh_second)
-sigmoid = elementwise("sigmoid", torch.sigmoid, _sigmoid_first, _sigmoid_second)
+silu = elementwise("silu", silu_reference, _silu_first, _silu_second, compiled=True)
+gelu = elementwise("gelu", gelu_reference, _gelu_first, _gelu_second, compiled=True)
+gelu_tanh = elementwise("gelu_tanh", gelu_tanh_reference, _gelu_tanh_first, _gelu_tanh_second, compiled=True)
+relu = elementwise("relu", torch.relu, _positive, None, compiled=True)
+tanh = elementwise("tanh", torch.tanh, _tanh_first, _tanh_second, compiled=True)
+sigmoid = elementwise("sigmoid", torch.sigmoid, _sigmoid_first, _sigmoid_second, compiled=True)
 exp = elementwise("exp", torch.exp, torch.exp, torch.exp)
 rsqrt = elementwise("rsqrt", torch.rsqrt, lambda x: -0.5 * x**-1.5, lambda x: 0.75 * x**-2.5)
 power = elementwise(

@@ -155,7 +155,7 @@ def _apply(function, *args):
     """``function.apply(*args)``; outside ``torch.func`` without inspecting its signature at every call."""
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(Function, function).apply(*args)
+    return super(Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Primal(Function):

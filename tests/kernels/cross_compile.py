@@ -8,6 +8,7 @@ a kernel that was decorated under TRITON_INTERPRET cannot be compiled. The argum
     integers          names of the 32-bit integer arguments
     absent            names of pointers that are None
     dtype, wide       element types of the pointers, and of those named in wide_pointers
+    long_pointers     names of the pointers to int64, if any
     num_warps, archs
 
 For each architecture it prints registers and stack bytes a thread (spills live on the stack), shared memory
@@ -44,6 +45,8 @@ def source_of(request: dict) -> ASTSource:
             return "constexpr"
         if name in request["integers"]:
             return "i32"
+        if name in request.get("long_pointers", ()):
+            return "*i64"
         return f"*{request['wide'] if name in request['wide_pointers'] else request['dtype']}"
 
     signature = {name: kind(name) for name in kernel.arg_names}
@@ -58,9 +61,7 @@ def cost(source: ASTSource, arch: int, num_warps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
 
     def used(what: str) -> int:
         found = re.search(rf"{what}:(\d+)", usage)

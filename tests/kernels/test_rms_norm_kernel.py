@@ -8,9 +8,7 @@ pytest.importorskip("triton")
 
 from mamlfast_kernels import rms_norm as kernels  # noqa: E402  (Triton has to be there)
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
-)
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 # Both sides compute in float64.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

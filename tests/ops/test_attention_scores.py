@@ -281,9 +281,7 @@ def test_a_visible_that_makes_no_sense_is_refused(arguments, error, message):
         Visible(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("shape", "repeat"), [((3, 1, 5), 1), ((4, 2, 5), 1), ((4, 3, 4), 1), ((2, 1, 5), 3)]
-)
+@pytest.mark.parametrize(("shape", "repeat"), [((3, 1, 5), 1), ((4, 2, 5), 1), ((4, 3, 4), 1), ((2, 1, 5), 3)])
 def test_a_mask_that_does_not_fit_the_scores_is_refused(room, shape, repeat):
     visible = Visible(mask=torch.ones(shape, dtype=torch.bool), repeat=repeat)
     with pytest.raises(ValueError, match=r"does not fit scores \[4, 3, 5\]"):

@@ -65,9 +65,7 @@ def test_an_unknown_backend_is_refused():
 
 def test_a_forced_backend_that_cannot_serve_the_tensors_is_an_error():
     with use_backend("native"):
-        with pytest.raises(
-            ValueError, match="cannot serve cpu bfloat16 tensors here: the C\\+\\+ kernels need"
-        ):
+        with pytest.raises(ValueError, match="cannot serve cpu bfloat16 tensors here: the C\\+\\+ kernels need"):
             backend_for(torch.ones(1, dtype=torch.bfloat16))
         with pytest.raises(ValueError, match="no such kernel"):
             backend_for(torch.ones(1), rooms=("eager",))
