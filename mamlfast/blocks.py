@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +119,8 @@ class _Call:
         return tree_unflatten([*leaves[:place], y, *leaves[place + 1 :]], spec)
 
     def _run(self, xs) -> Tensor:
-        leaves, weights = (
-            [x if place is None else xs[place] for place, x in places] for places in (self._leaves, self._weights)
-        )
+        leaves = [x if place is None else xs[place] for place, x in self._leaves]
+        weights: list[Any] = [x if place is None else xs[place] for place, x in self._weights]
         args, kwargs = tree_unflatten(leaves, self._spec)
         # As outside any Function: there, gradients are off and a no_grad of the model's own could not be told.
         with torch.enable_grad(), _set_fwd_grad_enabled(True), self._modes_on(), filled(self._slots, weights):
