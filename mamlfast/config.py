@@ -1,7 +1,7 @@
 """What a training run is: three groups of choices, and the flags of the command line.
 
 Every field is a flag of the same name, with hyphens. Defaults are those of the embedded run, a tiny model from
-scratch on the procedural suite; a run on other data or another model starts from ``REAL`` instead.
+scratch on the procedural suite; a loaded model and other data have some of their own.
 """
 
 import argparse
@@ -80,12 +80,12 @@ class RunConfig:
         ValueError: a number out of range.
     """
 
-    model: str = _option("tiny", "a preset (tiny, small), a local folder or a hub model")
+    model: str = _option("tiny", "a preset (tiny, small) to build from scratch, a local folder or a hub model")
     output: str = _option("out/train", "the folder to write; an earlier run's is replaced when this one ends well")
     seed: int = _option(0, "of data, initialisation and dropout; one seed gives one result")
     device: str = _option("cpu", "where to train, such as cpu or cuda")
     dtype: Literal["float32", "float64", "bfloat16"] = _option("float32", "of the parameters")
-    threads: int = _option(1, "CPU threads; 0 lets PyTorch choose")
+    threads: int = _option(0, "CPU threads; 0: one for a model below 5 million parameters, else PyTorch's choice")
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed", "threads")
@@ -115,21 +115,26 @@ class TrainConfig:
         return TrainConfig(**changed)
 
 
-# Sentences of hundreds of tokens, and a model that knows its language: newlines, and fewer and smaller steps.
-REAL = {
+# What differs for a model that was loaded: it knows newlines, and takes smaller steps.
+LOADED_MODEL = {"style": "metaicl", "max_length": 128, "inner_lr": 0.01, "outer_lr": 3e-4}
+
+# What differs for data other than the embedded: texts are long, so prompts and steps are fewer.
+REAL_DATA = {
     "style": "metaicl",
     "shots": 2,
-    "max_length": 384,
-    "eval_tasks": 8,
-    "max_steps": 100,
+    "max_length": 256,
+    "eval_tasks": 6,
+    "max_steps": 60,
     "support_batch": 4,
     "query_batch": 8,
-    "inner_lr": 0.05,
-    "outer_lr": 1e-3,
-    "threads": 0,
 }
 
-PRESETS = ("tiny", "small")
+# Llamas to build from scratch. Wide initial weights let a random model already tell inputs apart, which is what its
+# first adaptations have to work with.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(hidden_size=64, num_hidden_layers=2, intermediate_size=192, initializer_range=0.12),
+    "small": dict(hidden_size=128, num_hidden_layers=4, intermediate_size=384, initializer_range=0.09),
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -140,8 +145,12 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
         SystemExit: after ``--help``.
     """
     given = vars(_parser().parse_args(argv))
-    embedded = given.get("data", "procedural") == "procedural" and given.get("model", "tiny") in PRESETS
-    return TrainConfig().replace(**({} if embedded else REAL) | given)
+    default = TrainConfig()
+    if given.get("model", default.run.model) not in PRESETS:
+        default = default.replace(**LOADED_MODEL)
+    if given.get("data", default.data.data) != default.data.data:
+        default = default.replace(**REAL_DATA)
+    return default.replace(**given)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -165,8 +174,8 @@ def _parser() -> _Parser:
         )
         for entry in fields(config):
             default = f"default: {entry.default}"
-            if entry.name in REAL:
-                default += f", on other data or models {REAL[entry.name]}"
+            default += f"; a loaded model: {LOADED_MODEL[entry.name]}" if entry.name in LOADED_MODEL else ""
+            default += f"; other data: {REAL_DATA[entry.name]}" if entry.name in REAL_DATA else ""
             flag = "--" + entry.name.replace("_", "-")
             group.add_argument(flag, help=f"{entry.metadata['help']} ({default})", **_reading(hints[entry.name]))
     return parser

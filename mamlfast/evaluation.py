@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -72,7 +72,7 @@ class Scorer:
 
     def evaluate(self, learner: MetaLearner, tasks: Sequence[FewShot]) -> Iterator[TaskScore]:
         """Score each task in context, then again with the learner's parameters adapted to its shots."""
-        model = learner.model
+        model = cast(PreTrainedModel, learner.model)
         training = model.training
         model.eval()
         try:

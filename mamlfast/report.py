@@ -142,5 +142,5 @@ def table(rows: Mapping[str, Sequence[tuple[float, float]]], columns: Sequence[s
         " " * width + f"{'accuracy':>12}{'loss':>8}" * len(columns),
     ]
     for name, pairs in rows.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{accuracy:>11.1%} {loss:>7.3f}" for accuracy, loss in pairs))
+        lines.append(f"{name:<{width}}" + "".join(f"{accuracy:>12.1%}{loss:>8.3f}" for accuracy, loss in pairs))
     return "\n".join(lines)

@@ -9,12 +9,12 @@ Before and after, the model is scored on few-shot tasks of the kinds it trains o
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -30,29 +30,20 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mamlfast.adjoint import FirstOrder, Replay
-from mamlfast.config import TrainConfig, parse_args
+from mamlfast.config import PRESETS, MethodConfig, TrainConfig, parse_args
 from mamlfast.data.episodes import EpisodeSampler, EpisodeShape
 from mamlfast.data.prompt import COMPACT, IGNORED, METAICL, Prompter
 from mamlfast.data.source import is_path, read_suite
 from mamlfast.data.tasks import FewShot, Suite
-from mamlfast.data.tokenizer import piece_encoder, train_tokenizer, with_padding
+from mamlfast.data.tokenizer import END_ID, PAD_ID, padding_id, piece_encoder, train_tokenizer
 from mamlfast.episode import Episode
 from mamlfast.evaluation import Scorer, mean_score, to_device
 from mamlfast.inner import SGD
 from mamlfast.meta import MetaLearner, MetaLosses
 from mamlfast.report import CURVE_FILE, Metrics, OutputFolder, draw_curve, table, write_config
 
-# Wide initial weights and a short rotary period: with prompts of a few dozen tokens a random model then already tells
-# inputs apart, which is what its first adaptations have to work with.
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 192, "initializer_range": 0.12},
-    "small": {
-        "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "intermediate_size": 384,
-        "initializer_range": 0.09,
-    },
-}
+# Below so many parameters threads wait for each other longer than they compute, on a busy machine 20 times as long.
+SMALL = 5_000_000
 _STYLES = {"metaicl": METAICL, "compact": COMPACT}
 
 
@@ -61,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        train(parse_args(argv))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"mamlfast.train: {message}", file=sys.stderr)
+            train(parse_args(argv))
     except KeyboardInterrupt:
         print("mamlfast.train: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -96,17 +89,13 @@ def train(config: TrainConfig) -> None:
         before = evaluate(run, config, metrics, "before")
         meta_train(run, config, metrics)
         after = evaluate(run, config, metrics, "after")
-        run.model.save_pretrained(folder.draft)
-        run.tokenizer.save_pretrained(folder.draft)
-        write_config(folder.draft, config.flat | {"versions": {name: version(name) for name in _VERSIONED}})
-        draw_curve(folder.draft / CURVE_FILE, metrics.steps, f"{config.method.method} on {config.data.data}")
+        save(run, config, metrics, folder.draft)
     rows = {name: (before[name], after[name]) for name in before}
     print(table(rows, ("before training", "after training")))
     print(_LEGEND.format(steps=config.method.inner_steps))
     print(f"Written to {config.run.output}: the checkpoint, metrics.jsonl, train_config.json, learning_curve.png.")
 
 
-_VERSIONED = ("torch", "transformers")
 _LEGEND = """\
 Loss: nats a target token. Accuracy: of the option with the smallest loss or, without options, of greedy decoding.
 Adapted: after {steps} inner SGD step(s) on the task's shots. Unseen: tasks that training had no example of."""
@@ -116,18 +105,15 @@ Adapted: after {steps} inner SGD step(s) on the task's shots. Unseen: tasks that
 def reproducibly(config: TrainConfig) -> Iterator[None]:
     """Seed PyTorch and, on a CPU, ask it for deterministic operations; its settings come back on exit."""
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     try:
         torch.manual_seed(config.run.seed)
-        torch.set_num_threads(config.run.threads or threads)
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
         torch.use_deterministic_algorithms(deterministic or config.run.device == "cpu")
-        # Filling fresh memory with NaN finds bugs and changes no result; it costs time here.
-        torch.utils.deterministic.fill_uninitialized_memory = False
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -142,15 +128,17 @@ def prepare(config: TrainConfig) -> Run:
         tokenizer, model = build_model(config, suite)
     else:
         tokenizer, model = load_model(config.run.model)
+    if not config.run.threads and model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
     _check_fit(model, tokenizer, data.max_length)
-    model.to(device=_device(config.run.device), dtype=getattr(torch, config.run.dtype))
+    torch.nn.Module.to(model, device=_device(config.run.device), dtype=getattr(torch, config.run.dtype))
     prompter = Prompter(
         encode=piece_encoder(tokenizer),
         style=_STYLES[data.style],
         max_length=data.max_length,
         max_example_length=data.example_length,
     )
-    pad_id = tokenizer.convert_tokens_to_ids(tokenizer.pad_token)
+    pad_id = padding_id(tokenizer)
     sampler = EpisodeSampler(
         suite.train,
         prompter,
@@ -180,9 +168,10 @@ def build_model(config: TrainConfig, suite: Suite) -> tuple[PreTrainedTokenizerB
         max_position_embeddings=max(128, config.data.max_length),
         tie_word_embeddings=True,
         num_attention_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=PAD_ID,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=END_ID,
+        # Prompts of a few dozen tokens leave a longer rotary period unused.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         **PRESETS[config.run.model],
     )
@@ -198,7 +187,8 @@ def load_model(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     if is_path(name) and not Path(name).is_dir():
         raise ValueError(f"model folder {name} does not exist")
     try:
-        tokenizer = with_padding(AutoTokenizer.from_pretrained(name))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        padding_id(tokenizer)  # raises where there is nothing to pad with
         return tokenizer, AutoModelForCausalLM.from_pretrained(name)
     except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -209,7 +199,7 @@ def _check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_l
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise ValueError(f"--max-length must be at most the model's {positions} positions, got {max_length}")
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.config.vocab_size
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries and the model embeds {rows}: they do not match")
 
@@ -220,6 +210,21 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from error
+
+
+def save(run: Run, config: TrainConfig, metrics: Metrics, folder: Path) -> None:
+    """Write checkpoint, tokenizer, configuration and learning curve.
+
+    Raises:
+        ValueError: something could not be written.
+    """
+    try:
+        run.model.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+        write_config(folder, config.flat | {"versions": {name: version(name) for name in ("torch", "transformers")}})
+        draw_curve(folder / CURVE_FILE, metrics.steps, f"{config.method.method} on {Path(config.data.data).name}")
+    except Exception as error:  # safetensors and tokenizers report a full disk by exceptions of their own
+        raise ValueError(f"output folder {config.run.output} cannot be written ({error})") from error
 
 
 def evaluate(run: Run, config: TrainConfig, metrics: Metrics, when: str) -> dict[str, tuple[float, float]]:
@@ -244,7 +249,7 @@ def spread(tasks: Sequence[FewShot], count: int) -> list[FewShot]:
 
 
 def meta_train(run: Run, config: TrainConfig, metrics: Metrics) -> None:
-    """Take the outer steps.
+    """Take the outer steps, each with a record and its losses on the progress bar.
 
     Raises:
         ValueError: a loss or a gradient is not finite.
@@ -256,33 +261,33 @@ def meta_train(run: Run, config: TrainConfig, metrics: Metrics) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, method.max_steps, method.warmup))
     run.model.train()
     tokens = 0
-    with tqdm(range(method.max_steps), f"{method.method}, {config.run.model}", unit="step") as bar:
+    with tqdm(range(method.max_steps), f"{method.method}, {Path(config.run.model).name}", unit="step") as bar:
         for step in bar:
             episodes = [_moved(episode, run.model.device) for episode in run.sampler.meta_batch(step, method.num_tasks)]
-            if method.method == "metaicl":
-                losses = joint_backward(run.model, episodes)
-            else:
-                losses = run.learner.backward(episodes)
-            query, support = losses.query.mean().item(), losses.support[:, 0].mean().item()
-            norm = clip_grad_norm_(run.model.parameters(), method.clip or math.inf, error_if_nonfinite=False).item()
-            if not math.isfinite(query + norm):
-                raise ValueError(
-                    f"outer step {step}: query loss {query} and gradient norm {norm} must be finite; "
-                    "lower --outer-lr or --inner-lr"
-                )
-            metrics.step(
-                step=step,
-                query_loss=query,
-                support_loss=support,
-                grad_norm=norm,
-                lr=schedule.get_last_lr()[0],
-            )
+            record = backward(run, method, episodes)
+            if not all(map(math.isfinite, record.values())):
+                raise ValueError(f"outer step {step} met {record}, not finite; lower --outer-lr or --inner-lr")
+            metrics.step(step=step, **record, lr=schedule.get_last_lr()[0])
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             tokens += sum(int(batch["attention_mask"].sum()) for e in episodes for batch in (*e.support, e.query))
-            rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"query {query:.3f}, support {support:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(_progress(record, tokens / max(bar.format_dict["elapsed"], 1e-9)), refresh=False)
+
+
+def backward(run: Run, method: MethodConfig, episodes: Sequence[Episode]) -> dict[str, float]:
+    """Fill the model's gradients, clipped; return the losses and the gradient's norm before."""
+    joint = method.method == "metaicl"
+    losses = joint_backward(run.model, episodes) if joint else run.learner.backward(episodes)
+    return {
+        "query_loss": losses.query.mean().item(),
+        "support_loss": losses.support[:, 0].mean().item(),
+        "grad_norm": clip_grad_norm_(run.model.parameters(), method.clip or math.inf).item(),
+    }
+
+
+def _progress(record: Mapping[str, float], rate: float) -> str:
+    return f"query {record['query_loss']:.3f}, support {record['support_loss']:.3f}, {rate:,.0f} tokens/s"
 
 
 def joint_backward(model: PreTrainedModel, episodes: Sequence[Episode]) -> MetaLosses:

@@ -58,7 +58,7 @@ def _splits(source: "str | Dataset | Mapping[str, Dataset]") -> "Mapping[str, Da
     from datasets import load_dataset
 
     try:
-        return dict(load_dataset(source))
+        return {str(name): rows for name, rows in load_dataset(source).items()}
     except Exception as error:  # the library raises its own, Hugging Face hub's and operating system errors
         raise ValueError(f"data set {source!r} could not be loaded: {error}") from error
 

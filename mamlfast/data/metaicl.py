@@ -132,11 +132,18 @@ def example_from(row: Any, task: str) -> Example:
     """
     if not isinstance(row, dict):
         raise TypeError(f"expected an object with input and output, got {type(row).__name__}")
-    output = row.get("output")
+    output, options = row.get("output"), row.get("options") or []
     if isinstance(output, list) and output:
         output = output[0]
-    options = row.get("options") or []
-    for field, value in (("input", row.get("input")), ("output", output), *(("options", o) for o in options)):
-        if not isinstance(value, str):
-            raise TypeError(f"{field} must be text, got {value!r}")
-    return Example(task=row.get("task") or task, input=row["input"], output=output, options=tuple(options))
+    return Example(
+        task=_text(row.get("task") or task, "task"),
+        input=_text(row.get("input"), "input"),
+        output=_text(output, "output"),
+        options=tuple(_text(option, "options") for option in options),
+    )
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{field} must be text, got {value!r}")
+    return value

@@ -10,7 +10,9 @@ from functools import cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+# The special tokens of our own tokenizer, and their ids.
 PAD, END = "<pad>", "<end>"
+PAD_ID, END_ID = 0, 1
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -38,17 +40,16 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrain
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
 
 
-def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give a tokenizer that has no padding token (GPT-2, Llama) its end token for one; in place.
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id to pad with: of the padding token or, where there is none (GPT-2, Llama), of the end token.
 
     Raises:
-        ValueError: it has neither.
+        ValueError: the tokenizer has neither.
     """
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer must have a padding or an end token, it has neither")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    for number in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(number, int):
+            return number
+    raise ValueError("the tokenizer must have a padding or an end token, it has neither")
 
 
 def piece_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], tuple[int, ...]]:

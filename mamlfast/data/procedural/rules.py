@@ -1,6 +1,6 @@
 """Families that classify by a hidden rule, under labels that mean nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 from mamlfast.data.procedural.family import Hidden, Items, draw_labels, families
@@ -13,11 +13,11 @@ def _classes(rng: Random, count: int, inputs: Callable[[Random], Items], rule: C
     return Hidden(inputs=inputs, answer=lambda items: labels[rule(items)], labels=labels)
 
 
-def _with_or_without(wanted: str, others: Items) -> Callable[[Random], Items]:
+def _with_or_without(wanted: str, others: Sequence[str]) -> Callable[[Random], Items]:
     """Draw three words; half of the time a wanted one is among them, anywhere."""
 
     def inputs(rng: Random) -> Items:
-        words = rng.sample(others, 3)
+        words: Items = rng.sample(others, 3)
         if rng.random() < 0.5:
             words[rng.randrange(3)] = wanted
         return words
