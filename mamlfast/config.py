@@ -68,8 +68,8 @@ class MethodConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_steps", "num_tasks", "support_batch", "query_batch", "inner_steps")
         _at_least(self, 0, "inner_lr", "outer_lr", "warmup", "weight_decay", "clip")
-        if self.warmup > 1:
-            raise ValueError(f"warmup is a part of the run, at most 1; got {self.warmup}")
+        if self.warmup > 1 or self.outer_lr > 1:
+            raise ValueError(f"--warmup and --outer-lr must be at most 1, got {self.warmup} and {self.outer_lr}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ def draw_curve(path: Path, steps: Sequence[Mapping[str, Any]], title: str) -> No
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="outer step", ylabel="loss, nats a target token", title=title)
     numbers = [record["step"] for record in steps]
-    for key, label, colour in (("query_loss", "query", "C0"), ("support_loss", "support, before", "C1")):
+    for key, label, colour in (("query_loss", "query", "C0"), ("support_loss", "support, unadapted", "C1")):
         losses = [record[key] for record in steps]
         axes.plot(numbers, losses, color=colour, alpha=0.25, linewidth=1)
         axes.plot(numbers, running_mean(losses, max(1, len(losses) // 20)), color=colour, label=label)

@@ -28,12 +28,12 @@ def read_suite(name: str, setting: str | None, *, seed: int, test: int) -> Suite
             known = known_settings(folder)
             raise ValueError(f"a data folder needs a setting; {folder} has {known}")
         return read_metaicl(folder, setting, test=test)
+    if is_path(name):
+        raise ValueError(f"data folder {name} does not exist")
     if setting is not None:
         raise ValueError(f"setting {setting!r} needs a data folder to look it up in, got {name!r}")
     if name == EMBEDDED:
         return procedural_suite(seed, test=test)
-    if is_path(name):
-        raise ValueError(f"data folder {name} does not exist")
     return read_dataset(name, test=test)
 
 
