@@ -5,6 +5,9 @@ from torch import Tensor
 
 Params = dict[str, Tensor]
 
+# Elements between the beginnings of neighbours in one allocation: a multiple of every kernel's vector.
+_ALIGNED = 128
+
 
 def check_like(params: Params, other: Params, name: str) -> None:
     """Raise ValueError unless ``other`` has the names, shapes and dtypes of ``params``."""
@@ -26,12 +29,22 @@ def detached(params: Params) -> Params:
 
 
 def empty_like(params: Params) -> Params:
-    """Return uninitialised tensors like ``params``.
+    """Return uninitialised tensors of the shapes, dtypes and devices of ``params``, in one allocation for each kind.
 
-    What lives long is allocated at once, ahead of the activations: tensors that come one by one, between activations
-    that go again, leave holes in the heap, a third of a parameter set for each set.
+    A parameter set lives longer than the activations around it: tensors that came one by one would leave holes in
+    the heap, up to a third of a set for each set.
     """
-    return {name: torch.empty_like(p) for name, p in params.items()}
+    kinds: dict[tuple, list[str]] = {}
+    for name, p in params.items():
+        kinds.setdefault((p.dtype, p.device), []).append(name)
+    found = {}
+    for (dtype, device), names in kinds.items():
+        sizes = [-(-params[name].numel() // _ALIGNED) * _ALIGNED for name in names]
+        parts = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+        found |= {
+            name: part[: params[name].numel()].view(params[name].shape) for name, part in zip(names, parts, strict=True)
+        }
+    return {name: found[name] for name in params}
 
 
 def accumulate(total: Params, addend: Params) -> None:
