@@ -12,6 +12,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Test tensors are tiny: a second thread costs more than it brings, and very much where another process has its core.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _uninitialized_memory_is_nan() -> Iterator[None]:
     was = torch.are_deterministic_algorithms_enabled()

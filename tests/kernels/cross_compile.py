@@ -9,11 +9,13 @@ a kernel that was decorated under TRITON_INTERPRET cannot be compiled. The argum
     absent            names of pointers that are None
     dtype, wide       element types of the pointers, and of those named in wide_pointers
     long_pointers     names of the pointers to int64, if any
+    types             types of single arguments, where none of the above says it
     num_warps, archs
+    num_stages        unless Triton's default will do
 
 For each architecture it prints registers and stack bytes a thread (spills live on the stack), shared memory
-in bytes, and whether the code is a bare trap, which is how a kernel that cannot be served compiles without an
-error.
+in bytes, whether the code is a bare trap, which is how a kernel that cannot be served compiles without an
+error, and how many matrix instructions there are of each kind.
 """
 
 import importlib
@@ -31,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 
 def source_of(request: dict) -> ASTSource:
@@ -43,6 +46,8 @@ def source_of(request: dict) -> ASTSource:
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
+        if name in request.get("types", ()):
+            return request["types"][name]
         if name in request["integers"]:
             return "i32"
         if name in request.get("long_pointers", ()):
@@ -55,9 +60,9 @@ def source_of(request: dict) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)  # type: ignore[arg-type]
 
 
-def cost(source: ASTSource, arch: int, num_warps: int) -> dict:
+def cost(source: ASTSource, arch: int, options: dict[str, int]) -> dict:
     """Compile for ``sm_<arch>`` and read back what the code uses."""
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -73,6 +78,7 @@ def cost(source: ASTSource, arch: int, num_warps: int) -> dict:
         "stack": used("STACK"),
         "shared": compiled.metadata.shared,
         "trap": re.search(r"\btrap;", compiled.asm["ptx"]) is not None,
+        "mma": {kind: compiled.asm["ptx"].count(kind) for kind in MATRIX_INSTRUCTIONS},
     }
 
 
@@ -80,7 +86,8 @@ def main() -> None:
     assert "TRITON_INTERPRET" not in os.environ
     request = json.loads(sys.argv[1])
     source = source_of(request)
-    json.dump({arch: cost(source, arch, request["num_warps"]) for arch in request["archs"]}, sys.stdout)
+    options = {name: request[name] for name in ("num_warps", "num_stages") if name in request}
+    json.dump({arch: cost(source, arch, options) for arch in request["archs"]}, sys.stdout)
 
 
 if __name__ == "__main__":
