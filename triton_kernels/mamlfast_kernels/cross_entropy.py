@@ -89,10 +89,9 @@ def _cross_entropy_bwd_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     label = tl.load(target_ptr + pid)
-    live = label != IGNORE
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = cols < V
-    read = mask & live
+    read = cols < tl.where(label != IGNORE, V, 0)  # nothing of an ignored row
     row = pid * V
     g = tl.load(g_ptr + pid).to(WIDE)
 
