@@ -1,5 +1,5 @@
 # Every target first sets up .venv with all that it needs; the second call finds it ready.
-#   make train ARGS="--steps 3"     make test ARGS="-k hvp"     PYTHON=python3.12 make test
+#   make train ARGS="--max-steps 3"     make test ARGS="-k hvp"     PYTHON=python3.12 make test
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -54,7 +54,7 @@ class MethodConfig:
     """
 
     method: Method = _option("maml", "exact second-order MAML, first-order MAML, or MetaICL (no inner loop)")
-    max_steps: int = _option(550, "outer steps")
+    max_steps: int = _option(600, "outer steps")
     num_tasks: int = _option(4, "tasks in a meta-batch")
     support_batch: int = _option(8, "support prompts of a task")
     query_batch: int = _option(24, "query prompts of a task")
