@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -243,13 +244,22 @@ def test_an_interrupt_ends_with_a_line_and_no_folder(tmp_path):
     command = [sys.executable, "-m", "mamlfast.train", "--max-steps", "100000", "--eval-tasks", "1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [*command, "--output", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "--output", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell lets its background jobs ignore interrupts, and so would the child of tests that run as one.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    while not (drafts := list(tmp_path.glob(".out.partial-*/metrics.jsonl"))) and process.poll() is None:
-        time.sleep(0.1)
-    assert drafts
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    with process:
+        try:
+            while not (drafts := list(tmp_path.glob(".out.partial-*/metrics.jsonl"))) and process.poll() is None:
+                time.sleep(0.1)
+            assert drafts
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "mamlfast.train: interrupted; nothing was written" in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

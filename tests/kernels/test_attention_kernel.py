@@ -14,10 +14,7 @@ pytest.importorskip("triton")
 from mamlfast_kernels import attention as kernels  # noqa: E402  (Triton has to be there)
 from mamlfast_kernels.attention_sizes import Tile, Tiles, tiles_for  # noqa: E402
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 # Both sides compute in float64.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

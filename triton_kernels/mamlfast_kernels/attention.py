@@ -18,10 +18,10 @@ from torch import Tensor
 
 from mamlfast_kernels.attention_bwd import _attention_bwd_kv_kernel, _attention_bwd_q_kernel
 from mamlfast_kernels.attention_fwd import _attention_fwd_kernel
-from mamlfast_kernels.attention_masks import AttentionSpec as AttentionSpec
 from mamlfast_kernels.attention_masks import Segments, reach, segments_of
 from mamlfast_kernels.attention_sizes import Tile, tiles_for
 from mamlfast_kernels.attention_sizes import Tiles as Tiles
+from mamlfast_kernels.attention_spec import AttentionSpec as AttentionSpec
 from mamlfast_kernels.launch import interpreted, wide, wide_dtype
 
 Tensors = tuple[Tensor, ...]
@@ -193,6 +193,10 @@ def _precision(q: Tensor) -> str:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
+    if not spec.scale > 0:  # the kernels take the maximum of unscaled scores
+        raise ValueError(f"scale must be positive, got {spec.scale}")
+    if spec.mask is not None or spec.dropout:
+        raise ValueError("these kernels take neither a dense mask nor dropout")
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q, k, v must have four dimensions, got {q.ndim}, {k.ndim}, {v.ndim}")
     (B, H, T, D), (_, G, S, E) = q.shape, v.shape

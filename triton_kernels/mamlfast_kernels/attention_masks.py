@@ -10,8 +10,6 @@ compared. Tiles beyond are never visited. With segment ids every pair is compare
 of the tile to the last.
 """
 
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,41 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamlfast_kernels.attention_spec import AttentionSpec
 from mamlfast_kernels.launch import interpreted
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionSpec:
-    """What attention computes besides its products.
-
-    The scores are ``scale q k'``, or ``softcap tanh(scale q k' / softcap)`` with a soft-cap. Query t stands at key
-    position ``t + offset``; from there it sees ``window = (left, right)`` keys to either side besides its own, None
-    meaning all of them, and none to the right if ``causal``. ``segments = (query ids [B, T], key ids [B, S])``, any
-    integers, hides keys of another id, in whatever order the ids come: packed sequences. ``key_mask`` bool [B, S]
-    hides the keys where it is False: padding.
-
-    Raises:
-        ValueError: if a number is out of range, or only one of the ids is there.
-    """
-
-    scale: float
-    causal: bool = False
-    window: tuple[int | None, int | None] = (None, None)
-    offset: int = 0
-    softcap: float | None = None
-    segments: tuple[Tensor, Tensor] | None = None
-    key_mask: Tensor | None = None
-
-    def __post_init__(self):
-        # The kernels take the maximum of unscaled scores.
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale must be positive and finite, got {self.scale}")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise ValueError(f"softcap must be positive and finite, or None, got {self.softcap}")
-        if len(self.window) != 2 or any(side is not None and side < 0 for side in self.window):
-            raise ValueError(f"window must be (left, right), each None or at least 0, got {self.window}")
-        if self.segments is not None and len(self.segments) != 2:
-            raise ValueError(f"segments must be (query ids, key ids), got {len(self.segments)} entries")
 
 
 class Segments(NamedTuple):
@@ -69,11 +34,7 @@ class Segments(NamedTuple):
 
 def reach(spec: AttentionSpec, T: int, S: int) -> tuple[int | None, int | None]:
     """Return (left, right) counted from t itself, None where every key is within reach."""
-    left, right = spec.window
-    if spec.causal:
-        right = 0
-    left = None if left is None else left - spec.offset
-    right = None if right is None else right + spec.offset
+    left, right = spec.reach()
     return (
         None if left is None or left >= T - 1 else max(left, -S),
         None if right is None or right >= S - 1 else max(right, -T),
