@@ -1,7 +1,11 @@
 """Operations that are differentiable twice anywhere: in the engine, under ``create_graph=True``, in ``torch.func``."""
 
 from mamlfast.ops.attention import attention as attention
+from mamlfast.ops.attention import attention_backend as attention_backend
 from mamlfast.ops.attention import attention_reference as attention_reference
+from mamlfast.ops.attention import attention_rule as attention_rule
+from mamlfast.ops.attention_first_order import use_first_order_attention as use_first_order_attention
+from mamlfast.ops.backend import use_backend as use_backend
 from mamlfast.ops.cross_entropy import cross_entropy as cross_entropy
 from mamlfast.ops.cross_entropy import cross_entropy_reference as cross_entropy_reference
 from mamlfast.ops.elementwise import gelu as gelu

@@ -1,4 +1,4 @@
-"""Softmax attention to second order, a chunk of queries at a time: memory linear in the sequence length.
+"""Softmax attention to second order, in memory linear in the sequence lengths.
 
 For one head, s the scale, masked scores excluded, sums over a row run over the visible keys::
 
@@ -16,216 +16,259 @@ For one head, s the scale, masked scores excluded, sums over a row run over the 
     v_bar     = P' o_bar                     v_bar_dot = P_dot' o_bar + P' o_bar_dot
 
 (FlashAttention's recomputation from L, Dao et al., 2022, arXiv:2205.14135, carried to the tangent.) The saved
-tensors are o and L, after ``fwd_jvp`` with their tangents, so no row sum ever needs a second pass. A row with no
-visible key gives zeros, in value and in every derivative.
+tensors are o and L, after ``fwd_jvp`` with their tangents, so no row sum ever needs a second pass.
 
-The products are the library's; the arithmetic between them is ``attention_scores``. Grouped queries share their
-key head by stacking the group's rows, so keys and values are never repeated.
+* A soft-cap c puts ``S = c tanh(Z / c)``, Z = s q k', between: with u = 1 - (S/c)^2, S_dot = u Z_dot, Z_bar = u S_bar
+  and Z_bar_dot = u S_bar_dot - (2/c^2) S S_dot S_bar.
+* Dropout multiplies P by a constant Z where it meets v and P_bar; mu and delta stay what they are.
+* A sink is one more score a, of a key whose value is zero. It needs no kernel: L' = log(e^L + e^a) and o' = e^(L-L') o
+  go the same way through the same backward, and a_bar = -sum(e^(a-L') delta).
+* A query that sees no key gives zeros, in value and in every derivative.
+
+Products in units of one T S D matrix product, half of that under a causal mask: forward 2, backward 5, ``fwd_jvp`` 6,
+``bwd_jvp`` 15 (Triton 21: it visits the pairs once by queries and once by keys, so that nothing is added atomically).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
+from mamlfast_kernels.attention_spec import AttentionSpec
 from torch import Tensor
 
-from mamlfast.ops.attention_scores import (
-    Visible,
-    scores_bwd,
-    scores_bwd_jvp,
-    softmax_scores,
-    softmax_scores_jvp,
-)
+from mamlfast.ops import attention_eager, attention_first_order
+from mamlfast.ops.attention_eager import row_sum
+from mamlfast.ops.attention_reference import attention_reference as attention_reference
+from mamlfast.ops.backend import backend_for
 from mamlfast.ops.rule import Rule
 
-# Elements of one chunk of scores: a handful of such tensors is alive at a time.
-CHUNK = 1 << 20
+Window = tuple[int | None, int | None]
 
 
-def attention_weights(
-    q: Tensor, k: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    segments: Tensor | tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    window: Window = (None, None),
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    offset: int = 0,
+    dropout: float = 0.0,
+    seed: int | None = None,
 ) -> Tensor:
-    """``softmax(scale q k' + mask)`` [B, H, T, S] for q [B, H, T, D] and k [B, G, S, D], G dividing H.
+    """``softmax(scale q k') v`` [B, H, T, E] of q [B, H, T, D], k [B, G, S, D], v [B, G, S, E], G dividing H.
 
-    ``mask`` is constant: bool (True: visible) or additive, broadcastable to [B, H, T, S]. ``causal`` lets query t
-    see keys 0 .. t. ``scale`` defaults to D^-1/2.
+    Differentiable twice in every mode, exactly; strided views are read as they are. Each query head reads the key head
+    of its group, h G // H. Query t stands at key position ``t + offset``; which keys it sees:
+
+    * ``causal``: none to its right. ``window = (left, right)``: so many to either side besides its own, None for all.
+    * ``key_mask``, bool [B, S]: those that are True (padding).
+    * ``segments``: int [B, T], or a pair [B, T], [B, S]: those of its own id (packed sequences). The same thing as
+      ``cu_seqlens``, int [N + 1], for B = 1: the boundaries 0, ..., T of N sequences in a row, or a pair for T and S.
+    * ``mask``, broadcastable to [B, H, T, S]: those that are True, or, floating, added to the scores. It is the one
+      option that is quadratic in length by itself.
+
+    ``scale`` defaults to D^-1/2; ``softcap`` c turns scores into ``c tanh(scores / c)``; ``sinks`` [H] are scores of
+    one further key a head whose value is zero. ``dropout`` sets weights to zero with that probability and scales the
+    others up; ``seed`` fixes which, and is drawn from torch's default generator where it is None. A query that sees no
+    key gives zeros. Masks, segments and the like are constants.
+
+    Raises ValueError where shapes, dtypes, devices or numbers do not fit, TypeError for what is no tensor.
     """
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-    if causal:
-        visible = visible.tril()
-    if mask is not None and mask.dtype == torch.bool:
-        visible = visible & mask
-    elif mask is not None:
-        scores = scores + mask
-    scores = scores.masked_fill(~visible, -torch.inf)
-    empty = (scores == -torch.inf).all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+    _check(q, k, v, sinks)
+    B, _, T, D = q.shape
+    S = k.shape[2]
+    if cu_seqlens is not None:
+        if segments is not None:
+            raise ValueError("give segments or cu_seqlens, not both")
+        segments = _segments_of(cu_seqlens, B, T, S, causal)
+    if isinstance(segments, Tensor):
+        segments = segments, segments
+    _check_visibility(q, S, mask, key_mask, segments)
+    spec = AttentionSpec(
+        scale=D**-0.5 if scale is None else scale,
+        causal=causal,
+        offset=offset,
+        window=window,
+        softcap=softcap,
+        segments=segments,
+        key_mask=key_mask,
+        mask=mask,
+        dropout=dropout,
+        seed=_draw_seed() if dropout and seed is None else seed or 0,
+    )
+    return attention_rule(q, k, v, spec=spec) if sinks is None else attention_rule(q, k, v, sinks, spec=spec)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    """``attention_weights(q, k, **options) v``, every score in memory: v [B, G, S, E] -> [B, H, T, E]."""
-    return attention_weights(q, k, **options) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+def attention_backend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> dict[str, str]:
+    """Return which kernels answer ``attention(q, k, v, **options)``: ``{"first order": ..., "second order": ...}``.
+
+    ``mamlfast.ops.use_backend`` forces a room ("triton", "native", "eager") on both;
+    ``mamlfast.ops.use_first_order_attention`` forces the kernel of the first.
+    """
+    spec = AttentionSpec(scale=q.shape[-1] ** -0.5, **options)
+    kernel = attention_first_order.kernel_for((q, k, v), spec)
+    room = _room_name((q, k, v), spec)
+    return {"first order": room if kernel is None else kernel.name, "second order": room}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Chunk:
-    """Queries ``rows`` of every head, the keys they may see, and the mask between the two."""
-
-    rows: slice
-    keys: slice
-    visible: Visible
+def _draw_seed() -> int:
+    """On the CPU, where it costs no wait for a GPU; checkpoints restore that generator before they recompute."""
+    return int(torch.randint(0, 1 << 62, ()).item())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """How one call is cut up: heads share a key head in groups, queries come in chunks."""
-
-    B: int
-    H: int
-    G: int
-    T: int
-    S: int
-    scale: float
-    causal: bool
-    mask: Tensor | None
-
-    def chunks(self) -> Iterator[_Chunk]:
-        step = max(1, min(self.T, CHUNK // max(1, self.B * self.H * self.S)))
-        for start in range(0, self.T, step):
-            rows = slice(start, min(start + step, self.T))
-            keys = slice(0, min(rows.stop, self.S) if self.causal else self.S)
-            yield _Chunk(rows=rows, keys=keys, visible=self._visible(rows, keys))
-
-    def _visible(self, rows, keys):
-        offset = rows.start if self.causal else None
-        if self.mask is None:
-            return Visible(causal_offset=offset)
-        m = self.mask[:, :, rows if self.mask.shape[2] > 1 else slice(None)]
-        m = m[..., keys] if m.shape[3] > 1 else m.expand(*m.shape[:3], keys.stop)
-        if m.shape[1] == 1:  # all heads of a batch entry share it
-            return Visible(causal_offset=offset, mask=m[:, 0], repeat=self.H)
-        m = m.expand(self.B, self.H, *m.shape[2:]).reshape(-1, *m.shape[2:])
-        return Visible(causal_offset=offset, mask=m)
-
-    def queries(self, x, rows):
-        """[B, H, T, D] -> the chunk's [B G, (H/G) R, D]: the group's rows stacked under their key head."""
-        return x[:, :, rows].reshape(self.B * self.G, -1, x.shape[-1])
-
-    def heads(self, scores):
-        """[B G, (H/G) R, S] -> [B H, R, S], the same memory."""
-        return scores.view(self.B * self.H, -1, scores.shape[-1])
-
-    def keys(self, x):
-        """[B, G, S, D] -> [B G, S, D]."""
-        return x.reshape(self.B * self.G, self.S, x.shape[-1])
-
-    def row_statistic(self, x, rows):
-        """[B, H, T] -> [B H, R]."""
-        return x[:, :, rows].reshape(self.B * self.H, -1)
-
-    def new_statistic(self, x):
-        """[B, H, T], float32 at least: a row statistic in half precision would spoil every score of its row."""
-        return x.new_empty(self.B, self.H, self.T, dtype=torch.promote_types(x.dtype, torch.float32))
-
-    def put(self, out, rows, value):
-        """The inverse of ``queries`` and ``row_statistic``: write a chunk into [B, H, T, ...]."""
-        out[:, :, rows] = value.view(self.B, self.H, -1, *out.shape[3:])
+def _segments_of(cu_seqlens, B, T, S, causal):
+    both = (cu_seqlens, cu_seqlens) if isinstance(cu_seqlens, Tensor) else tuple(cu_seqlens)
+    if B != 1:
+        raise ValueError(f"cu_seqlens packs sequences into a batch of one; q has {B} entries: use segments")
+    if causal and both[0] is not both[1] and not torch.equal(*both):
+        raise ValueError("causal attention needs the same cu_seqlens for queries and keys; give a mask instead")
+    return tuple(_ids_of(cu, n) for cu, n in zip(both, (T, S), strict=True))
 
 
-def _row_sum(a, b):
-    return (a * b).sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
+def _ids_of(cu, tokens):
+    if cu.ndim != 1 or cu.is_floating_point() or len(cu) < 2:
+        raise ValueError(f"cu_seqlens must be integers [N + 1], got {cu.dtype} {list(cu.shape)}")
+    if cu[0] != 0 or cu[-1] != tokens or (cu.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {cu.tolist()}")
+    return torch.bucketize(torch.arange(tokens, device=cu.device), cu[1:], right=True)[None]
 
 
-def _plan(q, k, *, mask=None, causal=False, scale=None):
-    (B, H, T, D), (_, G, S, _) = q.shape, k.shape
+def _check(q, k, v, sinks):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have four dimensions, [batch, heads, tokens, width]; got {list(x.shape)}")
+    (B, H, _, D), (_, G, S, _) = q.shape, v.shape
+    if k.shape != (B, G, S, D) or v.shape[0] != B or G == 0 or H % G or D == 0:
+        raise ValueError(
+            "q, k, v must be [B, H, T, D], [B, G, S, D], [B, G, S, E] with G dividing H; "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    xs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    if not q.is_floating_point() or any(x.dtype != q.dtype for x in xs):
+        raise ValueError(f"q, k, v and sinks must share one floating dtype, got {[str(x.dtype) for x in xs]}")
+    if any(x.device != q.device for x in xs):
+        raise ValueError(f"q, k, v and sinks must be on one device, got {[str(x.device) for x in xs]}")
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"sinks must be one score a query head, [{H}]; got {list(sinks.shape)}")
+
+
+def _check_visibility(q, S, mask, key_mask, segments):
+    B, H, T, _ = q.shape
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    return _Plan(B=B, H=H, G=G, T=T, S=S, scale=D**-0.5 if scale is None else scale, causal=causal, mask=mask)
+        shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+        if any(n not in (1, m) for n, m in zip(shape, (B, H, T, S), strict=False)) or len(shape) != 4:
+            raise ValueError(f"mask must be broadcastable to [B, H, T, S] = {[B, H, T, S]}; got {list(mask.shape)}")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"mask must be bool (True: visible) or floating (added), got {mask.dtype}")
+        if mask.requires_grad:
+            raise ValueError("mask must be a constant; it requires a gradient, which attention does not give it")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (B, S)):
+        raise ValueError(f"key_mask must be bool [B, S] = {[B, S]}; got {key_mask.dtype} {list(key_mask.shape)}")
+    if segments is not None:
+        shapes = [list(ids.shape) for ids in segments]
+        if shapes != [[B, T], [B, S]] or any(ids.is_floating_point() for ids in segments):
+            raise ValueError(f"segments must be integers [B, T] = {[B, T]} and [B, S] = {[B, S]}; got {shapes}")
+    constants = [x for x in (mask, key_mask, *(segments or ())) if x is not None]
+    if any(x.device != q.device for x in constants):
+        raise ValueError(f"masks and segments must be on {q.device}, as q is")
 
 
-def _fwd(xs, **options):
-    q, k, v = xs
-    plan = _plan(q, k, **options)
-    o, lse = q.new_empty(*q.shape[:3], v.shape[-1]), plan.new_statistic(q)
-    k, v = plan.keys(k), plan.keys(v)
-    for chunk in plan.chunks():
-        s = plan.queries(q, chunk.rows) @ k[:, chunk.keys].mT
-        row_lse = softmax_scores(plan.heads(s), plan.scale, chunk.visible)
-        plan.put(lse, chunk.rows, row_lse)
-        plan.put(o, chunk.rows, s @ v[:, chunk.keys])
+def _room_name(xs: Sequence[Tensor], spec: AttentionSpec) -> str:
+    rooms = {"eager"}
+    if all(x.dtype == xs[0].dtype for x in xs):
+        widths = xs[0].shape[-1], xs[2].shape[-1]
+        if all(16 <= width <= 256 for width in widths) and spec.scale > 0 and spec.mask is None:
+            rooms.add("triton")
+    return backend_for(*xs, rooms=rooms)
+
+
+def _room(xs: Sequence[Tensor], spec: AttentionSpec) -> ModuleType:
+    """The room's four functions, in a module: ``attention_fwd``, ``_bwd``, ``_fwd_jvp``, ``_bwd_jvp``."""
+    name = _room_name(xs, spec)
+    if name == "triton":
+        from mamlfast_kernels import attention as attention_triton
+
+        return attention_triton
+    return attention_eager
+
+
+def _fwd(xs, *, spec):
+    q, k, v, *sinks = xs
+    kernel = attention_first_order.kernel_for((q, k, v), spec)
+    o, lse = _room(xs[:3], spec).attention_fwd(q, k, v, spec=spec) if kernel is None else kernel.fwd(q, k, v, spec)
+    for sink in sinks:
+        lse, p_rest, _ = _with_sink(lse, sink)
+        o = _scaled(o, p_rest)
     return o, (o, lse)
 
 
-def _fwd_jvp(xs, xs_dot, **options):
-    (q, k, v), (q_dot, k_dot, v_dot) = xs, xs_dot
-    plan = _plan(q, k, **options)
-    o, o_dot = (q.new_empty(*q.shape[:3], v.shape[-1]) for _ in range(2))
-    lse, mu = plan.new_statistic(q), plan.new_statistic(q)
-    k, v, k_dot, v_dot = (plan.keys(x) for x in (k, v, k_dot, v_dot))
-    for chunk in plan.chunks():
-        rows, keys = chunk.rows, chunk.keys
-        q_rows, q_dot_rows = plan.queries(q, rows), plan.queries(q_dot, rows)
-        s = q_rows @ k[:, keys].mT
-        s_dot = torch.bmm(q_dot_rows, k[:, keys].mT).baddbmm_(q_rows, k_dot[:, keys].mT)
-        row_lse, row_mu = softmax_scores_jvp(plan.heads(s), plan.heads(s_dot), plan.scale, chunk.visible)
-        plan.put(lse, rows, row_lse)
-        plan.put(mu, rows, row_mu)
-        plan.put(o, rows, s @ v[:, keys])
-        plan.put(o_dot, rows, torch.bmm(s_dot, v[:, keys]).baddbmm_(s, v_dot[:, keys]))
+def _fwd_jvp(xs, xs_dot, *, spec):
+    (q, k, v, *sinks), (q_dot, k_dot, v_dot, *sinks_dot) = xs, xs_dot
+    o, o_dot, lse, mu = _room(xs[:3], spec).attention_fwd_jvp(q, k, v, q_dot, k_dot, v_dot, spec=spec)
+    for sink, sink_dot in zip(sinks, sinks_dot, strict=True):
+        lse, p_rest, p_sink = _with_sink(lse, sink)
+        mu_of_keys, mu = mu, p_rest * mu + p_sink * sink_dot[:, None]
+        o_dot = _scaled(o_dot, p_rest) + _scaled(o, p_rest * (mu_of_keys - mu))
+        o = _scaled(o, p_rest)
     return o, o_dot, (o, o_dot, lse, mu)
 
 
-def _bwd(xs, saved, y_bar, need, **options):
-    (q, k, v), (o, lse) = xs, saved
-    plan = _plan(q, k, **options)
-    delta = _row_sum(y_bar, o)
-    q_bar = torch.empty_like(q)
-    k_rows, v_rows = plan.keys(k), plan.keys(v)
-    k_bar, v_bar = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
-    for chunk in plan.chunks():
-        rows, keys = chunk.rows, chunk.keys
-        q_rows, o_bar = plan.queries(q, rows), plan.queries(y_bar, rows)
-        p, s_bar = q_rows @ k_rows[:, keys].mT, o_bar @ v_rows[:, keys].mT
-        lse_r, delta_r = (plan.row_statistic(x, rows) for x in (lse, delta))
-        scores_bwd(plan.heads(p), plan.heads(s_bar), lse_r, delta_r, plan.scale, chunk.visible)
-        v_bar[:, keys].baddbmm_(p.mT, o_bar)
-        k_bar[:, keys].baddbmm_(s_bar.mT, q_rows)
-        plan.put(q_bar, rows, s_bar @ k_rows[:, keys])
-    return q_bar, k_bar.view(k.shape), v_bar.view(v.shape)
+def _bwd(xs, saved, y_bar, need, *, spec):
+    (q, k, v, *sinks), (o, lse) = xs, saved
+    kernel = attention_first_order.kernel_for((q, k, v), spec)
+    if kernel is None:
+        xs_bar = _room(xs[:3], spec).attention_bwd(q, k, v, o, lse, y_bar, spec=spec)
+    else:
+        xs_bar = kernel.bwd(q, k, v, o, lse, y_bar, spec)
+    delta = row_sum(y_bar, o) if sinks else None
+    return *xs_bar, *(_over_rows(-_sink_share(lse, sink) * delta, sink) for sink in sinks)
 
 
-def _bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot, **options):
-    (q, k, v), (q_dot, k_dot, v_dot), (o, o_dot, lse, mu) = xs, xs_dot, saved
-    plan = _plan(q, k, **options)
-    delta, delta_dot = _row_sum(y_bar, o), _row_sum(y_bar_dot, o) + _row_sum(y_bar, o_dot)
-    q_bar, q_bar_dot = torch.empty_like(q), torch.empty_like(q)
-    k_all, v_all, k_dot_all, v_dot_all = (plan.keys(x) for x in (k, v, k_dot, v_dot))
-    k_bar, k_bar_dot = torch.zeros_like(k_all), torch.zeros_like(k_all)
-    v_bar, v_bar_dot = torch.zeros_like(v_all), torch.zeros_like(v_all)
-    for chunk in plan.chunks():
-        rows, keys = chunk.rows, chunk.keys
-        q_r, q_dot_r, o_bar, o_bar_dot = (plan.queries(x, rows) for x in (q, q_dot, y_bar, y_bar_dot))
-        k_c, v_c, k_dot_c, v_dot_c = (x[:, keys] for x in (k_all, v_all, k_dot_all, v_dot_all))
-        p = q_r @ k_c.mT
-        p_dot = torch.bmm(q_dot_r, k_c.mT).baddbmm_(q_r, k_dot_c.mT)
-        s_bar = o_bar @ v_c.mT
-        s_bar_dot = torch.bmm(o_bar_dot, v_c.mT).baddbmm_(o_bar, v_dot_c.mT)
-        tiles = [plan.heads(x) for x in (p, p_dot, s_bar, s_bar_dot)]
-        statistics = [plan.row_statistic(x, rows) for x in (lse, mu, delta, delta_dot)]
-        scores_bwd_jvp(*tiles, *statistics, scale=plan.scale, visible=chunk.visible)
-        v_bar[:, keys].baddbmm_(p.mT, o_bar)
-        v_bar_dot[:, keys].baddbmm_(p_dot.mT, o_bar).baddbmm_(p.mT, o_bar_dot)
-        k_bar[:, keys].baddbmm_(s_bar.mT, q_r)
-        k_bar_dot[:, keys].baddbmm_(s_bar_dot.mT, q_r).baddbmm_(s_bar.mT, q_dot_r)
-        plan.put(q_bar, rows, s_bar @ k_c)
-        plan.put(q_bar_dot, rows, torch.bmm(s_bar_dot, k_c).baddbmm_(s_bar, k_dot_c))
-    xs_bar = q_bar, k_bar.view(k.shape), v_bar.view(v.shape)
-    return xs_bar, (q_bar_dot, k_bar_dot.view(k.shape), v_bar_dot.view(v.shape))
+def _bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot, *, spec):
+    (q, k, v, *sinks), (q_dot, k_dot, v_dot, *sinks_dot), (o, o_dot, lse, mu) = xs, xs_dot, saved
+    xs_bar, xs_bar_dot = _room(xs[:3], spec).attention_bwd_jvp(
+        q, k, v, q_dot, k_dot, v_dot, o, o_dot, lse, mu, y_bar, y_bar_dot, spec=spec
+    )
+    for sink, sink_dot in zip(sinks, sinks_dot, strict=True):
+        delta, delta_dot = row_sum(y_bar, o), row_sum(y_bar_dot, o) + row_sum(y_bar, o_dot)
+        p_sink = _sink_share(lse, sink)
+        p_sink_dot = p_sink * (sink_dot[:, None] - mu)
+        xs_bar = *xs_bar, _over_rows(-p_sink * delta, sink)
+        xs_bar_dot = *xs_bar_dot, _over_rows(-p_sink_dot * delta - p_sink * delta_dot, sink)
+    return xs_bar, xs_bar_dot
 
 
-attention = Rule(
+def _with_sink(lse, sink):
+    """Log-sum-exp with the sink among the scores, and what the keys and the sink have of the weight."""
+    total = torch.logaddexp(lse, sink[:, None].to(lse.dtype))
+    p_rest = torch.exp(lse - total).masked_fill(lse == -torch.inf, 0)
+    return total, p_rest, _sink_share(total, sink)
+
+
+def _sink_share(lse, sink):
+    return torch.exp(sink[:, None].to(lse.dtype) - lse).masked_fill(lse == -torch.inf, 0)
+
+
+def _scaled(o, rows):
+    return (o * rows[..., None]).to(o.dtype)
+
+
+def _over_rows(x, sink):
+    return x.sum((0, 2)).to(sink.dtype)
+
+
+attention_rule = Rule(
     name="attention",
     reference=attention_reference,
     fwd=_fwd,

@@ -25,9 +25,9 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec) -> tu
     o, lse = call.like(q, v.shape[-1]), call.statistic()
     for c in call.chunks():
         S, _ = c.scores()
-        lse[c.heads, c.rows] = row_lse = S.logsumexp(-1)
+        lse[c.at] = row_lse = S.logsumexp(-1)
         P = _probabilities(S, row_lse)
-        o[c.heads, c.rows] = c.product(c.dropped(P), c.v)
+        o[c.at] = c.product(c.dropped(P), c.v)
     return o.view(*q.shape[:3], -1).to(q.dtype), lse.view(q.shape[:3])
 
 
@@ -38,15 +38,15 @@ def attention_fwd_jvp(
     call = _Call((q, k, v), spec, (q_dot, k_dot, v_dot))
     (o, o_dot), (lse, mu) = (call.like(q, v.shape[-1]) for _ in "oo"), (call.statistic() for _ in "lm")
     for c in call.chunks():
-        S, slope = c.scores()
-        lse[c.heads, c.rows] = row_lse = S.logsumexp(-1)
+        S, t = c.scores()
+        lse[c.at] = row_lse = S.logsumexp(-1)
         P = _probabilities(S, row_lse)
-        S_dot = c.scores_dot(slope)
-        mu[c.heads, c.rows] = row_mu = (P * S_dot).sum(-1)
+        S_dot = c.scores_dot(t)
+        mu[c.at] = row_mu = (P * S_dot).sum(-1)
         P_dot = c.dropped(P * (S_dot - row_mu[..., None]))
         P = c.dropped(P)
-        o[c.heads, c.rows] = c.product(P, c.v)
-        o_dot[c.heads, c.rows] = c.product(P_dot, c.v) + c.product(P, c.v_dot)
+        o[c.at] = c.product(P, c.v)
+        o_dot[c.at] = c.product(P_dot, c.v) + c.product(P, c.v_dot)
     shape = q.shape[:3]
     o, o_dot = (x.view(*shape, -1).to(q.dtype) for x in (o, o_dot))
     return o, o_dot, lse.view(shape), mu.view(shape)
@@ -60,10 +60,10 @@ def attention_bwd(
     lse, delta = call.rows(lse), call.rows(row_sum(o_bar, o))
     bars = call.gradients(q, k, v)
     for c in call.chunks():
-        S, slope = c.scores()
-        P = _probabilities(S, lse[c.heads, c.rows])
-        S_bar = P * (c.dropped(c.pairs(c.o_bar, c.v)) - delta[c.heads, c.rows, None])
-        c.accumulate(bars, c.z_bar(S_bar, slope), c.dropped(P), c.q, c.k, c.o_bar)
+        S, t = c.scores()
+        P = _probabilities(S, lse[c.at])
+        S_bar = P * (c.dropped(c.pairs(c.o_bar, c.v)) - delta[c.at][..., None])
+        c.accumulate(bars, c.z_bar(S_bar, t), c.dropped(P), c.q, c.k, c.o_bar)
     return call.as_inputs(bars, q, k, v)
 
 
@@ -78,15 +78,15 @@ def attention_bwd_jvp(
     statistics = [call.rows(x) for x in (lse, mu, row_sum(o_bar, o), delta_dot)]
     bars, bar_dots = call.gradients(q, k, v), call.gradients(q, k, v)
     for c in call.chunks():
-        row_lse, row_mu, row_delta, row_delta_dot = (x[c.heads, c.rows, None] for x in statistics)
-        S, slope = c.scores()
+        row_lse, row_mu, row_delta, row_delta_dot = (x[c.at][..., None] for x in statistics)
+        S, t = c.scores()
         P = _probabilities(S, row_lse[..., 0])
-        S_dot = c.scores_dot(slope)
+        S_dot = c.scores_dot(t)
         P_dot = P * (S_dot - row_mu)
         centred = c.dropped(c.pairs(c.o_bar, c.v)) - row_delta
         centred_dot = c.dropped(c.pairs(c.o_bar_dot, c.v) + c.pairs(c.o_bar, c.v_dot)) - row_delta_dot
         S_bar, S_bar_dot = P * centred, P_dot * centred + P * centred_dot
-        z_bar, z_bar_dot = c.z_bar(S_bar, slope), c.z_bar_dot(S_bar_dot, S_bar, S_dot, S, slope)
+        z_bar, z_bar_dot = c.z_bar(S_bar, t), c.z_bar_dot(S_bar_dot, S_bar, S_dot, t)
         P, P_dot = c.dropped(P), c.dropped(P_dot)
         c.accumulate(bars, z_bar, P, c.q, c.k, c.o_bar)
         c.accumulate(bar_dots, z_bar_dot, P_dot, c.q, c.k, c.o_bar)
@@ -177,16 +177,21 @@ class _Chunk:
         """[n, h, R, C] and [n, C, D] -> [n, h, R, D]."""
         return (p.flatten(1, 2) @ b).view(*p.shape[:3], -1)
 
+    @property
+    def at(self):
+        """Where the chunk's rows are in [B G, H/G, T, ...]."""
+        return self.heads, slice(None), self.rows
+
     def scores(self):
-        """Scores, -inf where hidden, and with a soft-cap their slope in the scaled product."""
-        spec, S, slope = self.call.spec, self.pairs(self.q, self.k) * self.call.spec.scale, None
+        """Scores, -inf where hidden, and with a soft-cap t = tanh(scale q k' / softcap)."""
+        spec, S, t = self.call.spec, self.pairs(self.q, self.k) * self.call.spec.scale, None
         if spec.softcap is not None:
             t = torch.tanh(S / spec.softcap)
-            S, slope = spec.softcap * t, 1 - t * t
+            S = spec.softcap * t
         if spec.mask is not None and spec.mask.dtype != torch.bool:
             S = S + self._per_head(lambda b: mask_part(spec.mask, b, self.rows, self.keys).to(S.dtype))
         hidden = self._per_head(lambda b: hidden_pairs(spec, b, self.rows, self.keys, S.device))
-        return S if hidden is None else S.masked_fill(hidden, -torch.inf), slope
+        return S if hidden is None else S.masked_fill(hidden, -torch.inf), t
 
     def _per_head(self, part):
         """What ``part`` says of the batch entries that the chunk touches, broadcastable to its scores."""
@@ -199,23 +204,18 @@ class _Chunk:
         first = self.heads.start - batch.start * G
         return x[first : first + self.heads.stop - self.heads.start]
 
-    def scores_dot(self, slope):
+    def scores_dot(self, t):
         S_dot = (self.pairs(self.q_dot, self.k) + self.pairs(self.q, self.k_dot)) * self.call.spec.scale
-        return S_dot if slope is None else S_dot * slope
+        return S_dot if t is None else S_dot * (1 - t * t)
 
-    def z_bar(self, S_bar, slope):
+    def z_bar(self, S_bar, t):
         """The cotangent of ``q k'``."""
-        return self.call.spec.scale * (S_bar if slope is None else slope * S_bar)
+        return self.call.spec.scale * (S_bar if t is None else (1 - t * t) * S_bar)
 
-    def z_bar_dot(self, S_bar_dot, S_bar, S_dot, S, slope):
-        if slope is None:
+    def z_bar_dot(self, S_bar_dot, S_bar, S_dot, t):
+        if t is None:
             return self.call.spec.scale * S_bar_dot
-        S = S.masked_fill(S.isinf(), 0)
-        cap = self.call.spec.softcap
-        if self.call.spec.mask is not None and self.call.spec.mask.dtype != torch.bool:
-            S = S - self._per_head(lambda b: mask_part(self.call.spec.mask, b, self.rows, self.keys).to(S.dtype))
-            S = S.masked_fill(S.isinf(), 0)
-        return self.call.spec.scale * (slope * S_bar_dot - (2 / cap**2) * S * S_dot * S_bar)
+        return self.call.spec.scale * ((1 - t * t) * S_bar_dot - (2 / self.call.spec.softcap) * t * S_dot * S_bar)
 
     def dropped(self, P):
         spec, group = self.call.spec, self.call.H // self.call.G
@@ -227,6 +227,6 @@ class _Chunk:
 
     def accumulate(self, gradients, z_bar, P, q, k, o_bar):
         q_bar, k_bar, v_bar = gradients
-        q_bar[self.heads, :, self.rows] += self.product(z_bar, k)
+        q_bar[self.at] += self.product(z_bar, k)
         k_bar[self.heads, self.keys].baddbmm_(z_bar.flatten(1, 2).mT, q.flatten(1, 2))
         v_bar[self.heads, self.keys].baddbmm_(P.flatten(1, 2).mT, o_bar.flatten(1, 2))

@@ -40,6 +40,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def forced_backend() -> str | None:
+    """Return the room that ``use_backend`` insists on, None if it does not."""
+    return _forced[-1] if _forced else None
+
+
 def backend_for(*tensors: Tensor, rooms: Collection[str] = BACKENDS) -> str:
     """Return the room that serves an op on these tensors: "triton", "native" or "eager".
 

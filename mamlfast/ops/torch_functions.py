@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mamlfast.ops import elementwise
-from mamlfast.ops.attention import attention, attention_weights
+from mamlfast.ops.attention import attention
 from mamlfast.ops.cross_entropy import cross_entropy
 from mamlfast.ops.layer_norm import layer_norm
 from mamlfast.ops.linear import linear, matmul, mul
@@ -119,22 +118,13 @@ def _cross_entropy(
 
 
 def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
-    """``F.scaled_dot_product_attention`` in Rules, or with dropout in torch functions that draw in a fixed order."""
+    """``F.scaled_dot_product_attention`` in Rules."""
     plain_mask = attn_mask is None or type(attn_mask) is Tensor and not attn_mask.requires_grad
     if not plain_mask or query.ndim != 4 or key.shape[0] != query.shape[0]:
         return NotImplemented
     if key.shape[1] != query.shape[1] and not enable_gqa:
         return NotImplemented
-    options = {"mask": attn_mask, "causal": is_causal, "scale": scale}
-    if dropout_p > 0:
-        return _attention_with_dropout(query, key, value, dropout_p, **options)
-    return attention(query, key, value, **options)
-
-
-def _attention_with_dropout(q, k, v, p, **options):
-    """Every score in memory, for the draw must be one that any other evaluation of the same step repeats."""
-    weights = F.dropout(attention_weights(q, k, **options), p)
-    return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return attention(query, key, value, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p)
 
 
 ANSWERS: dict[str, Answer] = {

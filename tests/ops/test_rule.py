@@ -10,11 +10,12 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
+from mamlfast_kernels.attention_spec import AttentionSpec
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vjp
 
 from mamlfast.ops import (
-    attention,
+    attention_rule,
     cross_entropy,
     derived_rule,
     elementwise,
@@ -25,6 +26,8 @@ from mamlfast.ops import (
 )
 from mamlfast.ops.linear import matmul, mul
 
+SPEC = AttentionSpec
+CAUSAL = SPEC(scale=0.3, causal=True)
 MASK = torch.tensor([[True, False, True, True, False], [False] * 5, [True] * 5])
 TARGET = torch.tensor([2, -100, 0, 6])
 
@@ -46,15 +49,43 @@ CASES = {
     "cross_entropy-sum": (cross_entropy, [(4, 7)], {"target": TARGET, "reduction": "sum"}),
     "cross_entropy-none": (cross_entropy, [(4, 7)], {"target": TARGET, "reduction": "none"}),
     "cross_entropy-smooth": (cross_entropy, [(4, 7)], {"target": TARGET, "label_smoothing": 0.2}),
-    "attention": (attention, [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6)], {}),
-    "attention-causal": (attention, [(1, 2, 5, 4)] * 3, {"causal": True}),
-    "attention-causal-longer": (attention, [(1, 2, 3, 4)] + [(1, 2, 5, 4)] * 2, {"causal": True}),
-    "attention-grouped": (attention, [(2, 6, 3, 4)] + [(2, 2, 3, 4)] * 2, {"causal": True, "scale": 0.3}),
-    "attention-empty-row": (attention, [(1, 2, 3, 4)] + [(1, 2, 5, 4)] * 2, {"mask": MASK}),
+    "attention": (attention_rule, [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6)], {"spec": SPEC(scale=0.5)}),
+    "attention-causal": (attention_rule, [(1, 2, 5, 4)] * 3, {"spec": CAUSAL}),
+    "attention-causal-longer": (attention_rule, [(1, 2, 3, 4)] + [(1, 2, 5, 4)] * 2, {"spec": CAUSAL}),
+    "attention-grouped": (attention_rule, [(2, 6, 3, 4)] + [(2, 2, 3, 4)] * 2, {"spec": CAUSAL}),
+    "attention-empty-row": (
+        attention_rule,
+        [(1, 2, 3, 4)] + [(1, 2, 5, 4)] * 2,
+        {"spec": SPEC(scale=0.5, mask=MASK)},
+    ),
     "attention-additive": (
-        attention,
+        attention_rule,
         [(2, 2, 3, 4)] + [(2, 1, 5, 4)] * 2,
-        {"mask": torch.linspace(-1, 1, 30, dtype=torch.float64).view(2, 1, 3, 5)},
+        {"spec": SPEC(scale=0.5, mask=torch.linspace(-1, 1, 30, dtype=torch.float64).view(2, 1, 3, 5))},
+    ),
+    "attention-sinks": (attention_rule, [(2, 4, 5, 4)] + [(2, 2, 5, 4)] * 2 + [(4,)], {"spec": CAUSAL}),
+    "attention-sinks-empty-row": (
+        attention_rule,
+        [(1, 2, 3, 4)] + [(1, 2, 5, 4)] * 2 + [(2,)],
+        {"spec": SPEC(scale=0.5, mask=MASK)},
+    ),
+    "attention-everything": (
+        attention_rule,
+        [(2, 4, 5, 4)] + [(2, 2, 7, 4), (2, 2, 7, 3), (4,)],
+        {
+            "spec": SPEC(
+                scale=0.7,
+                causal=True,
+                offset=2,
+                window=(3, None),
+                softcap=1.5,
+                segments=(torch.tensor([[0, 0, 1, 1, 1]] * 2), torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)),
+                key_mask=torch.tensor([[True] * 7, [True, True, True, False, True, True, True]]),
+                mask=torch.linspace(-1, 1, 35, dtype=torch.float64).view(5, 7),
+                dropout=0.4,
+                seed=(5 << 32) + 7,
+            )
+        },
     ),
     **{
         name: (getattr(elementwise, name), [(3, 5)], {})
