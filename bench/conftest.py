@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
     report = config.stash[REPORT]
     if lines := report.lines():
-        terminalreporter.section("meta-gradients")
+        terminalreporter.section("measured")
         terminalreporter.write_line("\n".join(lines))
     if config.getoption("record", False):
         terminalreporter.write_line(_record(report, exitstatus))

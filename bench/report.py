@@ -94,7 +94,7 @@ def _cpu():
 
 def _time_lines(times):
     for setting in dict.fromkeys(t.setting for t in times):
-        yield f"time of a meta-gradient: {setting}"
+        yield f"time: {setting}"
         yield f"  {'':32}{'median s':>9}{'range':>15}{'x first order':>15}{'limit':>7}{'x limit':>9}{'error':>10}"
         for t in (t for t in times if t.setting == setting):
             spread = f"{min(t.seconds):.3f}-{max(t.seconds):.3f}"

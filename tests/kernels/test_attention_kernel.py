@@ -1,13 +1,13 @@
 """The Triton kernels of attention through their launchers, in the interpreter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch.func import jvp, vjp
 
-from mamlfast.ops.attention import attention_reference
+from mamlfast.ops.attention_reference import attention_reference, hidden_pairs
 
 pytest.importorskip("triton")
 
@@ -74,43 +74,35 @@ CASES = {
     "padding to the left": _Case(B=2, T=20, S=20, hidden=(1, slice(0, 5)), options={"causal": True}),
     "padding within": _Case(B=2, T=5, S=36, hidden=(0, slice(3, 34)), options={}),
     "nothing but padding": _Case(B=2, T=17, S=17, hidden=(0, slice(None)), options={}),
+    "dropout": _Case(B=2, H=2, G=1, T=9, S=18, E=24, options={"dropout": 0.3, "seed": 7}),
+    "dropout of most": _Case(T=35, S=35, options={"causal": True, "dropout": 0.9, "seed": (1 << 63) - 1}),
     "everything": _Case(
         B=2,
-        H=4,
-        G=2,
+        H=2,
         T=19,
         S=19,
         D=20,
         E=36,
         ids=([[0] * 7 + [1] * 12] * 2,) * 2,
         hidden=(1, slice(15, None)),
-        options={"causal": True, "window": (5, None), "softcap": 2.0},
+        options={"causal": True, "window": (5, None), "softcap": 2.0, "dropout": 0.2, "seed": 1 << 33},
     ),
 }
 
 
-def _visible(spec, B, T, S):
-    t, s = torch.arange(T)[:, None] + spec.offset, torch.arange(S)
-    left, right = spec.window
-    keep = torch.ones(B, 1, T, S, dtype=torch.bool)
-    keep &= (s <= t) if spec.causal else True
-    keep &= True if left is None else s >= t - left
-    keep &= True if right is None else s <= t + right
-    if spec.segments is not None:
-        keep &= (spec.segments[0][:, :, None] == spec.segments[1][:, None])[:, None]
-    return keep if spec.key_mask is None else keep & spec.key_mask[:, None, None]
-
-
-def _reference(q, k, v, spec):
+def _reference(q, k, v, *sinks, spec):
     """o and lse with every score in memory."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    s = spec.scale * q @ k.mT
-    s = s if spec.softcap is None else spec.softcap * torch.tanh(s / spec.softcap)
-    keep = _visible(spec, q.shape[0], *s.shape[-2:])
-    empty = ~keep.any(-1, keepdim=True)
-    s = s.masked_fill(~keep, -torch.inf).masked_fill(empty, 0.0)
-    lse = s.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
-    return s.softmax(-1).masked_fill(empty, 0.0) @ v, lse
+    k_rows = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = spec.scale * q @ k_rows.mT
+    scores = scores if spec.softcap is None else spec.softcap * torch.tanh(scores / spec.softcap)
+    parts = [slice(0, n) for n in (len(q), *scores.shape[-2:])]
+    hidden = hidden_pairs(spec, *parts, q.device)
+    scores = scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+    for sink in sinks:
+        scores = torch.cat([scores, sink[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    empty = (scores == -torch.inf).all(-1)
+    lse = scores.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, -torch.inf)
+    return attention_reference(q, k, v, *sinks, spec=spec), lse
 
 
 def _oracle(drawn, spec):
@@ -118,9 +110,9 @@ def _oracle(drawn, spec):
     xs, xs_dot, (o_bar, o_bar_dot) = tuple(drawn[:3]), tuple(drawn[3:6]), drawn[6:]
 
     def pullback(xs, o_bar):
-        return vjp(lambda *xs: _reference(*xs, spec)[0], *xs)[1](o_bar)
+        return vjp(lambda *xs: _reference(*xs, spec=spec)[0], *xs)[1](o_bar)
 
-    return *jvp(lambda *xs: _reference(*xs, spec), xs, xs_dot), *jvp(pullback, (xs, o_bar), (xs_dot, o_bar_dot))
+    return *jvp(lambda *xs: _reference(*xs, spec=spec), xs, xs_dot), *jvp(pullback, (xs, o_bar), (xs_dot, o_bar_dot))
 
 
 def _run(drawn, spec, tiles=TILES_OF_16):
@@ -167,14 +159,6 @@ def test_the_size_of_a_tile_changes_nothing(name, tiles):
     torch.testing.assert_close(_run(drawn, spec, tiles), _oracle(drawn, spec), **EXACT)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_reference_here_is_that_of_the_op(causal):
-    q, k, v = _Case(B=2, H=4, G=2, T=5, S=7, options={}).draw()[:3]
-    want = attention_reference(q, k, v, causal=causal, scale=0.3)
-    got, _ = _reference(q, k, v, kernels.AttentionSpec(scale=0.3, causal=causal))
-    torch.testing.assert_close(got, want, **EXACT)
-
-
 def _layouts(x):
     """One tensor as Hugging Face passes it, as a part of a fused projection, and otherwise."""
     B, H, T, D = x.shape
@@ -185,7 +169,7 @@ def _layouts(x):
 
 @pytest.mark.parametrize("which", range(3))
 def test_strides_change_nothing_and_results_are_laid_out_as_their_inputs(which):
-    case = _Case(B=2, H=2, G=1, T=17, S=18, options={"causal": True})
+    case = _Case(B=2, H=2, G=1, T=9, S=18, options={"causal": True})
     drawn, spec = case.draw(), case.spec()
     strided = [list(_layouts(x))[which] for x in drawn]
     strided[3] = drawn[3]  # a tangent that is not laid out as its value
@@ -196,7 +180,7 @@ def test_strides_change_nothing_and_results_are_laid_out_as_their_inputs(which):
 
 
 def test_views_with_a_contiguous_last_dimension_are_read_in_place(monkeypatch):
-    case = _Case(B=2, H=2, G=1, T=17, S=18, options={"causal": True})
+    case = _Case(B=2, H=2, G=1, T=9, S=18, options={"causal": True})
     strided = [list(_layouts(x))[1] for x in case.draw()]
     given = {x.data_ptr() for x in strided}
     read = set()
@@ -289,7 +273,7 @@ def _dual_transpose(drawn, spec, swap):
     xs_bar, xs_bar_dot = kernels.attention_bwd_jvp(*xs, o, o_dot, lse, mu, *bars, spec=spec, tiles=TILES_OF_16)
 
     def dual(*xs):
-        return jvp(lambda *xs: _reference(*xs, spec)[0], xs[:3], xs[3:])
+        return jvp(lambda *xs: _reference(*xs, spec=spec)[0], xs[:3], xs[3:])
 
     return (*xs_bar_dot, *xs_bar), vjp(dual, *xs)[1]((o_cot, o_dot_cot))
 
@@ -313,7 +297,7 @@ def test_the_backward_of_the_backward_is_made_of_the_same_two_functions():
     _, (o_dot, _), _, xs_bar_dot = _run(drawn, spec)
 
     def pullback(q, k, v, o_bar):
-        return vjp(lambda *xs: _reference(*xs, spec)[0], q, k, v)[1](o_bar)
+        return vjp(lambda *xs: _reference(*xs, spec=spec)[0], q, k, v)[1](o_bar)
 
     want = vjp(pullback, *drawn[:3], drawn[6])[1](tuple(drawn[3:6]))
     torch.testing.assert_close((*xs_bar_dot, o_dot), want, **EXACT)
@@ -330,6 +314,105 @@ def test_a_dropped_term_is_noticed(dropped):
     for got, right in list(zip(wrong, want, strict=True))[: 3 if dropped == "mu" else 2]:
         with pytest.raises(AssertionError, match="not close"):
             torch.testing.assert_close(got, right, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["queries before the first key", "dropout of most"])
+def test_the_backward_takes_a_normaliser_with_a_sink_in_it(name):
+    """Given lse, o and their tangents with a further term in them, and rows that see nothing but that."""
+    case = CASES[name]
+    drawn, spec = case.draw(), case.spec()
+    sink, sink_dot = torch.tensor([0.4], dtype=torch.float64), torch.tensor([-0.7], dtype=torch.float64)
+
+    def forward(*xs):
+        return _reference(*xs, spec=spec)
+
+    def pullback(xs, sink, o_bar):
+        return vjp(lambda *xs: forward(*xs, sink)[0], *xs)[1](o_bar)
+
+    xs, xs_dot, o_bar, o_bar_dot = tuple(drawn[:3]), tuple(drawn[3:6]), *drawn[6:]
+    (o, lse), (o_dot, mu) = jvp(forward, (*xs, sink), (*xs_dot, sink_dot))
+    want = jvp(pullback, (xs, sink, o_bar), (xs_dot, sink_dot, o_bar_dot))
+    got = kernels.attention_bwd_jvp(*xs, *xs_dot, o, o_dot, lse, mu, o_bar, o_bar_dot, spec=spec, tiles=TILES_OF_16)
+    torch.testing.assert_close(got, want, **EXACT)
+    first = kernels.attention_bwd(*xs, o, lse, o_bar, spec=spec, tiles=TILES_OF_16)
+    torch.testing.assert_close(first, want[0], **EXACT)
+
+
+HALVES = Tiles(fwd=SMALL, bwd_q=SMALL, bwd_kv=(SMALL, SMALL))
+
+
+@pytest.mark.parametrize("tiles", [TILES_OF_16, HALVES], ids=["together", "halves"])
+@pytest.mark.parametrize(
+    ("need", "kernels_run"),
+    [
+        ((True, False, False), ["q"]),
+        ((False, True, False), ["q", "kv"]),  # the first for delta alone
+        ((False, False, True), ["kv"]),
+        ((False, False, False), []),
+    ],
+)
+def test_what_nobody_needs_is_not_computed(need, kernels_run, tiles, monkeypatch):
+    case = _Case(H=2, T=5, S=7, options={"dropout": 0.5})
+    drawn, spec = case.draw(), case.spec()
+    (o, lse), (o_dot, mu), *want = _run(drawn, spec)
+    launched = []
+
+    def recording(kernel, owned, tile, arguments):
+        launched.append("q" if kernel is kernels._attention_bwd_q_kernel else "kv")
+        launch(kernel, owned, tile, arguments)
+
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_launch", recording)
+    options = {"spec": spec, "need": need, "tiles": tiles}
+    got = kernels.attention_bwd_jvp(
+        *drawn[:6], o, o_dot, lse, mu, *drawn[6:], need_dot=(False, False, False), **options
+    )
+    first = kernels.attention_bwd(*drawn[:3], o, lse, drawn[6], **options)
+    assert launched == kernels_run * 2
+    for bars, whole in ((got[0], want[0]), (got[1], want[1]), (first, want[0])):
+        assert [x is not None for x in bars] == list(need)
+        assert all(torch.equal(x, y) for x, y in zip(bars, whole, strict=True) if x is not None)
+
+
+def test_a_tangent_alone_may_be_needed():
+    drawn, spec = (case := _Case(T=5, S=7, options={})).draw(), case.spec()
+    (o, lse), (o_dot, mu), _, want = _run(drawn, spec)
+    nothing = (False, False, False)
+    options = {"spec": spec, "need": nothing, "need_dot": (False, False, True), "tiles": TILES_OF_16}
+    _, (q_bar_dot, k_bar_dot, v_bar_dot) = kernels.attention_bwd_jvp(
+        *drawn[:6], o, o_dot, lse, mu, *drawn[6:], **options
+    )
+    assert q_bar_dot is None and k_bar_dot is None and torch.equal(v_bar_dot, want[2])
+
+
+def test_a_tangent_that_is_none_is_zero():
+    drawn, spec = (case := _Case(T=5, S=7, options={"causal": True})).draw(), case.spec()
+    absent, zero = list(drawn), list(drawn)
+    for i in (4, 5, 7):
+        absent[i], zero[i] = None, torch.zeros_like(drawn[i])
+    torch.testing.assert_close(_run(absent, spec), _run(zero, spec), rtol=0, atol=0)
+
+
+def test_two_runs_give_the_same_bits():
+    case = CASES["dropout"]
+    drawn, spec = case.draw(), case.spec()
+    torch.testing.assert_close(_run(drawn, spec), _run(drawn, spec), rtol=0, atol=0)
+
+
+def test_another_seed_is_noticed():
+    case = CASES["dropout of most"]
+    drawn, spec = case.draw(), case.spec()
+    want = _oracle(drawn, replace(spec, seed=spec.seed - 1))
+    for got, other in zip(_run(drawn, spec), want, strict=True):
+        with pytest.raises(AssertionError, match="not close"):
+            torch.testing.assert_close(got[0], other[0], **EXACT)
+
+
+def test_a_dense_mask_is_refused():
+    q = torch.zeros(1, 1, 2, 16)
+    spec = kernels.AttentionSpec(scale=1.0, mask=torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no dense mask"):
+        kernels.attention_fwd(q, q, q, spec=spec)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ summed in float32, or float64 for float64 inputs, as is everything else. In Trit
 with torch.func to rounding, and they compile for sm_80, sm_90 and sm_100. No GPU has run them yet.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from mamlfast_kernels.launch import interpreted, wide, wide_dtype
 
 Tensors = tuple[Tensor, ...]
 Three = tuple[Tensor, Tensor, Tensor]
+ALL = (True, True, True)
 
 
 def attention_fwd(
@@ -37,38 +39,56 @@ def attention_fwd(
     no key has o = 0 and lse = -inf. ``tiles`` overrides the table of tile sizes.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not go together.
+        ValueError: if shapes, dtypes or devices do not go together, or ``spec`` has a dense mask.
     """
     return _forward((q, k, v), None, spec, tiles)[:2]
 
 
 def attention_fwd_jvp(
-    q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor, k_dot: Tensor, v_dot: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
     *, spec: AttentionSpec, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return ``o, o_dot, lse, mu``: as ``attention_fwd``, with the tangents of o and lse. One sweep over the keys."""
-    o, lse, o_dot, mu = _forward((q, k, v), (q_dot, k_dot, v_dot), spec, tiles)
+    """Return ``o, o_dot, lse, mu``: as ``attention_fwd``, with the tangents of o and lse. One sweep over the keys.
+
+    A tangent that is None is zero: a tensor of zeros is read for it, no time is saved.
+    """
+    o, lse, o_dot, mu = _forward((q, k, v), _filled((q_dot, k_dot, v_dot), (q, k, v)), spec, tiles)
     return o, o_dot, lse, mu
 
 
 def attention_bwd(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, o_bar: Tensor,
-    *, spec: AttentionSpec, tiles: Tiles | None = None,
+    *, spec: AttentionSpec, need: Sequence[bool] = ALL, tiles: Tiles | None = None,
 ) -> Three:  # fmt: skip
-    """Return ``q_bar, k_bar, v_bar`` from the results of ``attention_fwd`` and the cotangent of o."""
-    return _backward((q, k, v), None, (o, lse, o_bar), None, spec, tiles)[0]
+    """Return ``q_bar, k_bar, v_bar`` from the results of ``attention_fwd`` and the cotangent of o.
+
+    ``lse`` may have more terms than those of the keys (an attention sink) if o is normalised by the same. ``need``
+    says which results are wanted; the sweep of those that are not is left out, and None stands in their place.
+    """
+    return _backward((q, k, v), None, (o, lse, o_bar), None, spec, tuple(need), tiles)[0]
 
 
 def attention_bwd_jvp(
-    q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor, k_dot: Tensor, v_dot: Tensor,
-    o: Tensor, o_dot: Tensor, lse: Tensor, mu: Tensor, o_bar: Tensor, o_bar_dot: Tensor,
-    *, spec: AttentionSpec, tiles: Tiles | None = None,
+    q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
+    o: Tensor, o_dot: Tensor, lse: Tensor, mu: Tensor, o_bar: Tensor, o_bar_dot: Tensor | None,
+    *, spec: AttentionSpec, need: Sequence[bool] = ALL, need_dot: Sequence[bool] = ALL, tiles: Tiles | None = None,
 ) -> tuple[Three, Three]:  # fmt: skip
-    """Return ``(q_bar, k_bar, v_bar)`` and their tangents from the results of ``attention_fwd_jvp``."""
-    return _backward((q, k, v), (q_dot, k_dot, v_dot), (o, lse, o_bar), (o_dot, mu, o_bar_dot), spec, tiles)
+    """Return ``(q_bar, k_bar, v_bar)`` and their tangents from the results of ``attention_fwd_jvp``.
+
+    As ``attention_bwd``, and mu has to be the tangent of ``lse``. Where ``need`` and ``need_dot`` want neither a
+    cotangent nor its tangent both are None, otherwise both are there. A tangent that is None is zero.
+    """
+    xs, tangents = (q, k, v, o_bar), (q_dot, k_dot, v_dot, o_bar_dot)
+    *xs_dot, o_bar_dot = _filled(tangents, xs)
+    wanted = tuple(map(any, zip(need, need_dot, strict=True)))
+    return _backward((q, k, v), tuple(xs_dot), (o, lse, o_bar), (o_dot, mu, o_bar_dot), spec, wanted, tiles)
 
 
-def _forward(xs: Three, xs_dot: Three | None, spec: AttentionSpec, tiles: Tiles | None) -> tuple[Any, ...]:
+def _filled(xs_dot: Sequence[Tensor | None], xs: Tensors) -> Tensors:
+    return tuple(torch.zeros_like(x) if x_dot is None else x_dot for x_dot, x in zip(xs_dot, xs, strict=True))
+
+
+def _forward(xs: Three, xs_dot: Tensors | None, spec: AttentionSpec, tiles: Tiles | None) -> tuple[Any, ...]:
     """Return o, lse and, given tangents, o_dot, mu (otherwise None)."""
     _check(*xs, spec)
     dtype = xs[0].dtype
@@ -84,8 +104,9 @@ def _forward(xs: Three, xs_dot: Three | None, spec: AttentionSpec, tiles: Tiles 
 
 
 def _backward(
-    xs: Three, xs_dot: Three | None, results: Three, results_dot: Three | None, spec: AttentionSpec, tiles: Tiles | None
-) -> tuple[Any, Any]:
+    xs: Three, xs_dot: Tensors | None, results: Three, results_dot: Three | None,
+    spec: AttentionSpec, wanted: tuple[bool, ...], tiles: Tiles | None,
+) -> tuple[Any, Any]:  # fmt: skip
     """Return the cotangents of xs and, given tangents, theirs; ``results`` are o, lse and o_bar."""
     _check(*xs, spec)
     dtype, has_tangent = xs[0].dtype, xs_dot is not None
@@ -94,8 +115,8 @@ def _backward(
     (q, q_dot), (k, k_dot), (v, v_dot), (o, o_dot), (o_bar, o_bar_dot) = _laid_out(
         (*xs, o, o_bar), None if xs_dot is None else (*xs_dot, o_dot, o_bar_dot)
     )
-    bars = [_empty(x, x.shape[-1]) for x in (q, k, v)]
-    bar_dots = [torch.empty_like(x) if has_tangent else None for x in bars]
+    bars = [_empty(x, x.shape[-1]) if want else None for x, want in zip((q, k, v), wanted, strict=True)]
+    bar_dots = [None if x is None or not has_tangent else torch.empty_like(x) for x in bars]
     lse, mu = lse.contiguous(), None if mu is None else mu.contiguous()
     delta, delta_dot = torch.empty_like(lse), torch.empty_like(lse) if has_tangent else None
 
@@ -105,13 +126,22 @@ def _backward(
         q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, o_bar_dot=o_bar_dot, mu=mu, delta_dot=delta_dot,
     )  # fmt: skip
     tiles = tiles or _tiles(q, v, has_tangent)
-    own = _pointers(o=o, o_dot=o_dot, q_bar=bars[0], q_bar_dot=bar_dots[0]) | _strides(o=o, q_bar=bars[0])
-    _launch(_attention_bwd_q_kernel, q, tiles.bwd_q, common | own | _pointers_of_ids(segments, "key"))
+    with_q, with_k, with_v = wanted
+    if with_q or with_k:  # k_bar needs the delta that comes with q_bar
+        own = _pointers(o=o, o_dot=o_dot, q_bar=bars[0], q_bar_dot=bar_dots[0]) | _strides(o=o, q_bar=bars[0])
+        own |= _pointers_of_ids(segments, "key") | {"WITH_Q": with_q}
+        _launch(_attention_bwd_q_kernel, q, tiles.bwd_q, common | own)
     own = _pointers(k_bar=bars[1], v_bar=bars[2], k_bar_dot=bar_dots[1], v_bar_dot=bar_dots[2])
     own |= _strides(k_bar=bars[1], v_bar=bars[2]) | _pointers_of_ids(segments, "query")
-    for tile, (with_k, with_v) in tiles.key_side():
-        _launch(_attention_bwd_kv_kernel, k, tile, common | own | {"WITH_K": with_k, "WITH_V": with_v})
-    return tuple(x.to(dtype) for x in bars), tuple(x.to(dtype) for x in bar_dots if x is not None)
+    for tile, (holds_k, holds_v) in tiles.key_side():
+        halves = {"WITH_K": holds_k and with_k, "WITH_V": holds_v and with_v}
+        if any(halves.values()):
+            _launch(_attention_bwd_kv_kernel, k, tile, common | own | halves)
+    return _cast(bars, dtype), _cast(bar_dots, dtype) if has_tangent else None
+
+
+def _cast(xs: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.to(dtype) for x in xs)
 
 
 def _laid_out(xs: Tensors, xs_dot: Tensors | None) -> list[Any]:
@@ -147,9 +177,10 @@ def _common(
     left, right = reach(spec, T, S)
     segments = segments_of(spec, B, T, S, q.device)
     return {
-        "H": H, "T": T, "S": S, "left": left or 0, "right": right or 0,
+        "H": H, "T": T, "S": S, "left": left or 0, "right": right or 0, "seed": spec.seed,
         "HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, "HAS_SEGMENTS": segments is not None,
         "GROUP": H // G, "D": D, "E": E, "SCALE": spec.scale, "SOFTCAP": spec.softcap or 0.0,
+        "DROPOUT": spec.dropout, "KEEP_FROM": spec.keep_from,
         "WIDE": wide(q), "PRECISION": _precision(q), "HAS_TANGENT": has_tangent,
         "BLOCK_D": triton.next_power_of_2(D), "BLOCK_E": triton.next_power_of_2(E),
     }, segments  # fmt: skip
@@ -164,8 +195,10 @@ def _pointers_of_ids(segments: Segments | None, partner: str) -> dict[str, Tenso
     return {f"{name}_ptr": None if segments is None else getattr(segments, name) for name in names}
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    return {f"{name}_{dim}": x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bht")}
+def _strides(**tensors: Tensor | None) -> dict[str, int]:
+    return {
+        f"{name}_{dim}": 0 if x is None else x.stride(i) for name, x in tensors.items() for i, dim in enumerate("bht")
+    }
 
 
 def _launch(kernel: Any, owned: Tensor, tile: Tile, arguments: dict[str, Any]) -> None:
@@ -195,8 +228,8 @@ def _precision(q: Tensor) -> str:
 def _check(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
     if not spec.scale > 0:  # the kernels take the maximum of unscaled scores
         raise ValueError(f"scale must be positive, got {spec.scale}")
-    if spec.mask is not None or spec.dropout:
-        raise ValueError("these kernels take neither a dense mask nor dropout")
+    if spec.mask is not None:
+        raise ValueError("these kernels take no dense mask; pass segments and key_mask, or use another backend")
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q, k, v must have four dimensions, got {q.ndim}, {k.ndim}, {v.ndim}")
     (B, H, T, D), (_, G, S, E) = q.shape, v.shape

@@ -8,6 +8,8 @@ A tile of rows (queries, or in the key-side backward keys) sweeps over the other
 ``left``, ``right`` or the end cut through, and over those between where every pair is visible and nothing has to be
 compared. Tiles beyond are never visited. With segment ids every pair is compared, from the first partner of any row
 of the tile to the last.
+
+Which visible pairs dropout keeps is a function of their position and the seed, computed where it is needed.
 """
 
 from typing import NamedTuple
@@ -136,3 +138,10 @@ def visible(
     if HAS_SEGMENTS:
         keep = keep & (query_ids == key_ids)
     return keep
+
+
+@triton.jit
+def kept(seed, queries, keys, head, KEEP_FROM: tl.constexpr):
+    """Which pairs of a tile dropout keeps, as ``AttentionSpec`` says it; ``head`` is ``b H + h``."""
+    word, _, _, _ = tl.philox(seed, keys, queries, head.to(tl.int32), 0)
+    return word >= KEEP_FROM
