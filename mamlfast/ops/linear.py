@@ -7,9 +7,9 @@ All three are bilinear, so their tangents are the product rule and nothing else:
     W_bar = y_bar' x             W_bar_dot = y_bar_dot' x + y_bar' x_dot
     b_bar = sum_rows y_bar       b_bar_dot = sum_rows y_bar_dot
 
-Each sum of two products accumulates in the product's own buffer, without a separate addition. A constant (its
-tangent is None, its cotangent not needed) costs no product: a frozen weight takes 4 units instead of 8.
-W has ``torch.nn.Linear``'s layout, [out, in].
+Each sum of two products accumulates in the product's own buffer, without a separate addition; ``matrix_products``
+says whose products they are. A constant (its tangent is None, its cotangent not needed) costs no product: a frozen
+weight takes 4 units instead of 8. W has ``torch.nn.Linear``'s layout, [out, in].
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamlfast.ops.matrix_products import add_product, product
 from mamlfast.ops.rule import Rule
 
 
@@ -30,21 +31,27 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
+def _affine(x, w, b=None):
+    """``x w' + b``; small and foreign operands are PyTorch's own business."""
+    y = product(_rows(x), w.mT).view(*x.shape[:-1], w.shape[0])
+    return y if b is None else y.add_(b)
+
+
 def _linear_fwd(xs):
-    return F.linear(*xs), ()
+    return _affine(*xs), ()
 
 
 def _linear_bwd(xs, saved, y_bar, need):
     x, w, *b = xs
-    x_bar = y_bar @ w if need[0] else None
-    w_bar = _rows(y_bar).mT @ _rows(x) if need[1] else None
+    x_bar = product(_rows(y_bar), w).view(x.shape) if need[0] else None
+    w_bar = product(_rows(y_bar).mT, _rows(x)) if need[1] else None
     return x_bar, w_bar, *(_rows(y_bar).sum(0) if need[2] else None for _ in b)
 
 
 def _linear_fwd_jvp(xs, xs_dot):
     x, w, *b = xs
     x_dot, w_dot, *b_dot = xs_dot
-    y = F.linear(*xs)
+    y = _affine(*xs)
     rows = _sum_of_products((_rows(x_dot) if x_dot is not None else None, w.mT), (_rows(x), _mT(w_dot)))
     y_dot = torch.zeros_like(y) if rows is None else rows.view(y.shape)
     if b and b_dot[0] is not None:
@@ -71,7 +78,7 @@ def _sum_of_products(*pairs) -> Any:
     out = None
     for a, b in pairs:
         if a is not None and b is not None:
-            out = a @ b if out is None else out.addmm_(a, b)
+            out = product(a, b) if out is None else add_product(out, a, b)
     return out
 
 
