@@ -15,7 +15,7 @@ from mamlfast.ops.layer_norm import layer_norm as layer_norm
 from mamlfast.ops.layer_norm import layer_norm_reference as layer_norm_reference
 from mamlfast.ops.linear import linear as linear
 from mamlfast.ops.linear import linear_reference as linear_reference
-from mamlfast.ops.matrix_products import matrix_products as matrix_products
+from mamlfast.ops.matrix_products import matrix_library as matrix_library
 from mamlfast.ops.matrix_products import use_matrix_products as use_matrix_products
 from mamlfast.ops.rms_norm import rms_norm as rms_norm
 from mamlfast.ops.rms_norm import rms_norm_reference as rms_norm_reference

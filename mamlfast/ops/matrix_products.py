@@ -42,7 +42,7 @@ def use_matrix_products(library: str) -> Iterator[None]:
         _forced.pop()
 
 
-def matrix_products() -> str:
+def matrix_library() -> str:
     """Return the library in use for large float32 products on the CPU, after measuring it at the first call."""
     return _forced[-1] if _forced else _faster()
 
@@ -65,7 +65,7 @@ def _onednn(a, b):
 
 def _suits(a, b):
     plain = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and a.ndim == b.ndim == 2
-    return plain and a.numel() * b.shape[1] >= LARGE and matrix_products() == "onednn"
+    return plain and a.numel() * b.shape[1] >= LARGE and matrix_library() == "onednn"
 
 
 @cache

@@ -24,7 +24,7 @@ def test_both_libraries_give_the_product_for_every_layout(left, right):
     want, added = a.double() @ b.double(), out.double() + a.double() @ b.double()
     for library in matrix_products.LIBRARIES:
         with use_matrix_products(library):
-            assert matrix_products.matrix_products() == library
+            assert matrix_products.matrix_library() == library
             # Sums of 97 products of order one in float32.
             torch.testing.assert_close(product(a, b).double(), want, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(add_product(out.clone(), a, b).double(), added, rtol=1e-5, atol=1e-4)
@@ -58,7 +58,7 @@ def test_the_choice_follows_the_measurement(ratio, library, monkeypatch):
     monkeypatch.setattr(matrix_products, "speedup", lambda: ratio)
     matrix_products._faster.cache_clear()
     try:
-        assert matrix_products.matrix_products() == library
+        assert matrix_products.matrix_library() == library
     finally:
         matrix_products._faster.cache_clear()
 
