@@ -87,6 +87,15 @@ struct Relu {
   }
 };
 
+// relu(x)^2: the second derivative at the kink is 0.
+struct Relu2 {
+  template <class Isa, class T>
+  static MAMLFAST_INLINE Slopes<T> at(T x) {
+    const T r = x < 0 ? T(0) : x;
+    return {r * r, T(2) * r, x > 0 ? T(2) : T(0)};
+  }
+};
+
 // Mills's ratio of the normal distribution, (1 - Phi(x)) / density(x) for x >= 0, as P(t) / (x + 4) with
 // t = (x - 4) / (x + 4): the Chebyshev series of (x + 4) M(x) on -1 <= t <= 1, cut where its remainder is 2e-9 for
 // float and 2e-17 for double, of a value between 1 and 5, and rewritten in powers of t.

@@ -109,7 +109,7 @@ void implement(Library& m, const std::string& name) {
 }  // namespace mamlfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mamlfast, m) {
-  for (const char* name : {"silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid"}) mamlfast::define(m, name);
+  for (const char* name : {"silu", "gelu", "gelu_tanh", "relu", "relu2", "tanh", "sigmoid"}) mamlfast::define(m, name);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mamlfast, CPU, m) {
@@ -117,6 +117,7 @@ STABLE_TORCH_LIBRARY_IMPL(mamlfast, CPU, m) {
   mamlfast::implement<mamlfast::Gelu>(m, "gelu");
   mamlfast::implement<mamlfast::GeluTanh>(m, "gelu_tanh");
   mamlfast::implement<mamlfast::Relu>(m, "relu");
+  mamlfast::implement<mamlfast::Relu2>(m, "relu2");
   mamlfast::implement<mamlfast::Tanh>(m, "tanh");
   mamlfast::implement<mamlfast::Sigmoid>(m, "sigmoid");
 }

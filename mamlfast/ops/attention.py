@@ -30,6 +30,7 @@ Products in units of one T S D matrix product, half of that under a causal mask:
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +39,7 @@ from mamlfast_kernels.attention_spec import AttentionSpec
 from torch import Tensor
 
 from mamlfast.ops import attention_eager, attention_first_order
+from mamlfast.ops.attention_compiled import compiled_attention, fold_attention
 from mamlfast.ops.attention_eager import row_sum
 from mamlfast.ops.attention_reference import attention_reference as attention_reference
 from mamlfast.ops.backend import backend_for
@@ -276,3 +278,4 @@ attention_rule = Rule(
     fwd_jvp=_fwd_jvp,
     bwd_jvp=_bwd_jvp,
 )
+attention_rule = replace(attention_rule, compiled=compiled_attention(attention_rule), fold=fold_attention)

@@ -196,6 +196,11 @@ def _positive(x):
     return (x > 0).to(x.dtype)
 
 
+def relu2_reference(x: Tensor) -> Tensor:
+    """``relu(x)^2`` (Primer, So et al., 2021, arXiv:2109.08668)."""
+    return torch.relu(x).square()
+
+
 def power_reference(x: Tensor, *, exponent: int) -> Tensor:
     """``x ** exponent`` for an integer exponent of at least 2."""
     return x**exponent
@@ -205,6 +210,7 @@ silu = elementwise("silu", silu_reference, _silu_first, _silu_second, compiled=T
 gelu = elementwise("gelu", gelu_reference, _gelu_first, _gelu_second, compiled=True)
 gelu_tanh = elementwise("gelu_tanh", gelu_tanh_reference, _gelu_tanh_first, _gelu_tanh_second, compiled=True)
 relu = elementwise("relu", torch.relu, _positive, None, compiled=True)
+relu2 = elementwise("relu2", relu2_reference, lambda x: 2 * torch.relu(x), lambda x: 2 * _positive(x), compiled=True)
 tanh = elementwise("tanh", torch.tanh, _tanh_first, _tanh_second, compiled=True)
 sigmoid = elementwise("sigmoid", torch.sigmoid, _sigmoid_first, _sigmoid_second, compiled=True)
 exp = elementwise("exp", torch.exp, torch.exp, torch.exp)

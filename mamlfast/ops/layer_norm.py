@@ -39,6 +39,12 @@ def layer_norm_reference(x: Tensor, w: Tensor, b: Tensor, *, eps: float = 1e-5) 
     return F.layer_norm(x, w.shape, w, b, eps)
 
 
+def _layer_norm_compiled(x: Tensor, w: Tensor, b: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """The reference in sums and products: PyTorch gets some second derivatives of ``F.layer_norm`` silently wrong."""
+    wide, w, b = _wide(x, w, b)
+    return (_normalized(wide, eps)[0] * w + b).to(x.dtype)
+
+
 def _wide(*tensors):
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return tuple(t.to(dtype) for t in tensors)
@@ -184,5 +190,6 @@ def _bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot, *, eps=1e-5):
 
 
 layer_norm = Rule(
-    name="layer_norm", reference=layer_norm_reference, fwd=_fwd, bwd=_bwd, fwd_jvp=_fwd_jvp, bwd_jvp=_bwd_jvp
+    name="layer_norm", reference=layer_norm_reference, fwd=_fwd, bwd=_bwd, fwd_jvp=_fwd_jvp, bwd_jvp=_bwd_jvp,
+    compiled=_layer_norm_compiled
 )

@@ -24,22 +24,37 @@ Every mode follows from the four, because second derivatives commute:
   ``bwd_jvp`` with the cotangent of ``y_dot`` as ``y_bar``, the cotangent of ``y`` as ``y_bar_dot``, and the two
   results exchanged.
 * forward mode, ``torch.func`` included: ``fwd_jvp`` and ``bwd_jvp`` as they stand.
+* ``vmap``, of any of these: one call for each entry of the mapped dimension, the results stacked, or one call in all
+  where the rule can fold that dimension into a batch dimension of its own. Exact in every room.
+* inside ``torch.compile``, and wherever else PyTorch records operations instead of running them: the reference, or
+  what the rule has in its place. The recorders see operations of PyTorch and do with them what they do to any; of an
+  ``autograd.Function`` Dynamo drops the forward mode, and under ``torch.func`` the backward, without a word.
 
 Nothing here knows any particular operation, and no operation needs to know any autograd.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch._C import _disabled_torch_function_impl
-from torch.autograd import Function
+from torch._C import _get_dispatch_mode as _dispatch_mode
+from torch._C._dynamo import eval_frame as _frames
+from torch._C._functorch import CInterpreter, peek_interpreter_stack
+from torch.autograd import Function, forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_compiling
+from torch.utils import _python_dispatch as _modes
+
+from mamlfast.ops.mapping import mapped, refuse_hidden_tensors
 
 Tensors = tuple[Tensor, ...]
 MaybeTensors = tuple[Tensor | None, ...]
+
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # make_fx, which does not see a kernel that Triton launches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +64,13 @@ class Rule:
     ``reference`` is ``(*xs, **options) -> y`` in eager PyTorch. It *is* the specification: the other four are
     tested against what autograd makes of it. Keyword options (``eps=...``) are constants of the operation and
     reach all five functions. Where ``none_tangents`` is set, ``fwd_jvp`` and ``bwd_jvp`` receive None as the
-    tangent of a constant and may skip its products; elsewhere they receive zeros.
+    tangent of a constant and may skip its products; elsewhere they receive zeros. ``compiled`` takes the place of
+    ``reference`` inside ``torch.compile``, where that one would be too large, or wrong to second order.
+
+    ``fold`` is for ``vmap``: ``(xs, options) -> options | None`` sees the mapped dimension in front of every operand
+    and of every tensor in the options. Options say that the first two dimensions of all operands, of y and of what is
+    saved can be flattened into one: a batch dimension, whose entries share nothing. None says no, and they are
+    computed one after the other.
     """
 
     name: str
@@ -59,9 +80,18 @@ class Rule:
     fwd_jvp: Callable[..., tuple[Tensor, Tensor, Tensors]]
     bwd_jvp: Callable[..., tuple[MaybeTensors, MaybeTensors]]
     none_tangents: bool = False
+    compiled: Callable[..., Tensor] | None = None
+    fold: Callable[[Tensors, dict], dict | None] | None = None
 
     def __call__(self, *xs: Tensor, **options) -> Tensor:
-        """Apply the operation; autograd may differentiate it twice, in any mixture of modes."""
+        """Apply the operation; autograd may differentiate it twice, in any mixture of modes.
+
+        ``torch.func.vmap`` costs one call for each entry of the mapped dimension unless the rule folds it. Raises
+        ValueError under ``torch.func`` if an option hides a tensor in an object that it does not look into, or if a
+        mapped dimension is empty.
+        """
+        if is_compiling() or _modes._is_in_torch_dispatch_mode and _dispatch_mode(_PROXY):
+            return (self.compiled or self.reference)(*xs, **options)
         for x in xs:
             if type(x) is not Tensor and type(x).__torch_function__ is not _disabled_torch_function_impl:
                 # Torch function modes are not asked: what they look for happens inside the rule.
@@ -72,8 +102,14 @@ class Rule:
         """Return ``(y, y_dot)``; autograd may differentiate both, once.
 
         ``xs_dot[i]`` has the shape and dtype of ``xs[i]``, or is None where ``xs[i]`` is a constant.
-        Backpropagating a loss tangent through this is a Hessian-vector product.
+        Backpropagating a loss tangent through this is a Hessian-vector product. Raises NotImplementedError inside
+        ``torch.compile``.
         """
+        if is_compiling() or _modes._is_in_torch_dispatch_mode and _dispatch_mode(_PROXY):
+            raise NotImplementedError(
+                f"the tangent of {self.name} was asked for while PyTorch records operations instead of running them "
+                f"(torch.compile, make_fx); compile the model's own code and keep Rule.dual and Dual outside"
+            )
         return _apply(_Dual, self, options, len(xs), *xs, *xs_dot)[:2]
 
     def _tangents(self, xs, xs_dot) -> MaybeTensors:
@@ -93,8 +129,10 @@ def derived_rule(name: str, reference: Callable[..., Tensor]) -> Rule:
     """Return the rule that two nested reverse passes derive from ``reference``.
 
     It serves any operation that has no rule of its own: exact, at about twice the time and memory of a written
-    one. Forward mode is never asked for: PyTorch has fewer forward formulas than reverse ones, and up to 2.13 not
-    all can be differentiated again (``silu_backward`` has none, the reverse of ``layer_norm``'s is silently wrong).
+    one. A tensor that ``reference`` closes over is a constant. Forward mode is never asked for: PyTorch has fewer
+    forward formulas than reverse ones, and up to 2.13 not all can be differentiated again (``silu_backward`` has
+    none, the reverse of ``layer_norm``'s is silently wrong). For the same reason the rule raises
+    NotImplementedError where ``torch.func`` or forward mode meets it inside ``torch.compile``.
     """
 
     def fwd(xs, **options):
@@ -115,8 +153,16 @@ def derived_rule(name: str, reference: Callable[..., Tensor]) -> Rule:
         xs_bar_dot = _vjp((*xs_bar, y), xs, (*xs_dot, y_bar_dot))
         return tuple(x_bar.detach() for x_bar in xs_bar), xs_bar_dot
 
+    def compiled(*xs, **options):
+        if transforms_active():
+            raise NotImplementedError(
+                f"{name} has a derived rule, and torch.func or forward mode met it inside torch.compile: it would "
+                f"have PyTorch's own derivatives, of which some are wrong; keep it outside the compiled region"
+            )
+        return reference(*xs, **options)
+
     pullback = partial(_pullback, name)
-    return Rule(name=name, reference=reference, fwd=fwd, bwd=bwd, fwd_jvp=fwd_jvp, bwd_jvp=bwd_jvp)
+    return Rule(name=name, reference=reference, fwd=fwd, bwd=bwd, fwd_jvp=fwd_jvp, bwd_jvp=bwd_jvp, compiled=compiled)
 
 
 def _pullback(name, f, xs, y_bar=None):
@@ -124,9 +170,10 @@ def _pullback(name, f, xs, y_bar=None):
 
     The graph is recorded whether or not the caller records, and out of sight of the caller's saved-tensor hooks: a
     surrounding checkpoint must not take it for its own. The hook detaches because one that returns its argument
-    closes a reference cycle and leaks every activation.
+    closes a reference cycle and leaks every activation. ``torch.func`` forbids hooks, and then there are none.
     """
-    with torch.enable_grad(), saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.enable_grad(), saved_tensors_hooks(lambda t: t.detach(), lambda t: t) if allowed else nullcontext():
         xs = tuple(x.detach().requires_grad_() for x in xs)
         y = f(*xs)
         seed = torch.ones_like(y) if y_bar is None else y_bar.detach()
@@ -151,32 +198,78 @@ def _vjp(outputs, inputs, cotangents):
     return torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
 
 
+def transforms_active() -> bool:
+    """Whether ``torch.func`` or forward mode is at work; put so that Dynamo can answer while it traces."""
+    return isinstance(peek_interpreter_stack(), CInterpreter) or forward_ad._current_level >= 0
+
+
 def _apply(function, *args):
-    """``function.apply(*args)``; outside ``torch.func`` without inspecting its signature at every call."""
+    """``function.apply(*args)``, at the least cost.
+
+    Outside ``torch.func`` without inspecting its signature at every call; where nothing can be differentiated, in a
+    first-order backward above all, without recording anything.
+    """
     if torch._C._are_functorch_transforms_active():
+        rule, options, *_ = args
+        refuse_hidden_tensors(rule.name, options)
         return function.apply(*args)
-    return super(Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return function.forward(*args)
+    return function.record(*args)
 
 
-class _Primal(Function):
+def _hide_from_dynamo(function):
+    """Run ``function`` and what it calls as they are, where Dynamo meets them after a graph break."""
+    code, skip = getattr(function, "__func__", function).__code__, _frames._FrameAction.SKIP
+    _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, skip))
+
+
+class _RuleFunction(Function):
+    """What the four below have in common: a cheap ``apply``, and how they are mapped."""
+
+    constants: int  # how many arguments precede the tensors; an int among them is the number of operands
+
+    def __init_subclass__(cls):
+        cls.record = super(Function, cls).apply  # pyright: ignore[reportAttributeAccessIssue]
+        for entrance in filter(None, (vars(cls).get(name) for name in ("forward", "backward", "jvp"))):
+            _hide_from_dynamo(entrance)
+
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        """``in_dims`` has the structure of ``args``, of which the first are constants."""
+        return mapped(partial(_apply, cls), info.batch_size, cls.constants, in_dims, args)
+
+
+for _entrance in (_apply, _RuleFunction.vmap):
+    _hide_from_dynamo(_entrance)
+
+
+class _Primal(_RuleFunction):
     """``xs -> y``. The saved tensors are outputs too, for ``torch.func`` sees nothing else."""
+
+    constants = 2
 
     @staticmethod
     def forward(rule, options, *xs):
         y, saved = rule.fwd(xs, **options)
-        return _fresh(y, xs), *(s.detach() for s in saved)  # a rule may save y itself
+        y = _fresh(y, xs)
+        return (y, *[s.detach() for s in saved]) if saved else (y,)  # a rule may save y itself
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.rule, ctx.options, *xs = inputs
-        _, *saved = output
+        saved = output[1:]
         ctx.n, ctx.num_saved = len(xs), len(saved)
-        ctx.mark_non_differentiable(*saved)
+        if saved:
+            ctx.mark_non_differentiable(*saved)
+            ctx.set_materialize_grads(False)  # no zeros for the cotangents that they do not have
         ctx.save_for_backward(*xs, *saved)
         ctx.save_for_forward(*xs)
 
     @staticmethod
     def backward(ctx, y_bar, *_):
+        if y_bar is None:
+            return (None,) * len(ctx.needs_input_grad)
         need = ctx.needs_input_grad[2:]
         return None, None, *_apply(_Backward, ctx.rule, ctx.options, ctx.n, need, *ctx.saved_tensors, y_bar)
 
@@ -186,13 +279,15 @@ class _Primal(Function):
         return y_dot, *(None for _ in range(ctx.num_saved))
 
 
-class _Backward(Function):
+class _Backward(_RuleFunction):
     """``(xs, y_bar) -> xs_bar``, a node of its own so that it can be differentiated in turn.
 
     A backward pass that returns the bare output of a kernel is a constant to autograd: under ``create_graph=True``
     its second-order terms vanish without a word. ``once_differentiable`` does not notice, for it looks at the
     incoming cotangent and never at what was saved.
     """
+
+    constants = 4
 
     @staticmethod
     def forward(rule, options, n, need, *tensors):
@@ -226,30 +321,48 @@ class _Backward(Function):
         return _apply(_Final, ctx.rule, ctx.options, _backward_jvp, ctx.n, need, *xs, *xs_dot, y_bar, y_bar_dot)
 
 
-class _Dual(Function):
+class _Dual(_RuleFunction):
     """``(xs, xs_dot) -> (y, y_dot)``."""
+
+    constants = 3
 
     @staticmethod
     def forward(rule, options, n, *duals):
         y, y_dot, saved = rule._fwd_jvp(options, duals[:n], duals[n:])
-        return _fresh(y, duals), _fresh(y_dot, duals), *(s.detach() for s in saved)
+        y, y_dot = _fresh(y, duals), _fresh(y_dot, duals)
+        return (y, y_dot, *[s.detach() for s in saved]) if saved else (y, y_dot)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.rule, ctx.options, ctx.n, *duals = inputs
-        _, _, *saved = output
-        ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(*duals, *saved)
+        ctx.rule, ctx.options, ctx.n = inputs[:3]
+        saved = output[2:]
+        if saved:
+            ctx.mark_non_differentiable(*saved)
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[3:], *saved)
 
     @staticmethod
     def backward(ctx, y_cot, y_dot_cot, *_):
+        if y_cot is None and y_dot_cot is None:
+            return (None,) * len(ctx.needs_input_grad)
+        y_cot = torch.zeros_like(y_dot_cot) if y_cot is None else y_cot
+        y_dot_cot = torch.zeros_like(y_cot) if y_dot_cot is None else y_dot_cot
         need = (ctx.needs_input_grad[3 : 3 + ctx.n], ctx.needs_input_grad[3 + ctx.n :])
         tensors = (*ctx.saved_tensors, y_cot, y_dot_cot)
         return None, None, None, *_apply(_Final, ctx.rule, ctx.options, _dual_backward, ctx.n, need, *tensors)
 
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(
+            f"forward mode over forward mode of {ctx.rule.name} was requested; "
+            f"use reverse mode for one of the two derivatives, as in torch.func.hessian"
+        )
 
-class _Final(Function):
+
+class _Final(_RuleFunction):
     """``compute(...)`` on a rule, whose derivative is an error and not, silently, zero."""
+
+    constants = 5
 
     @staticmethod
     def forward(rule, options, compute, n, need, *tensors):
@@ -261,9 +374,18 @@ class _Final(Function):
 
     @staticmethod
     def backward(ctx, *_):
+        _Final._refuse(ctx)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        _Final._refuse(ctx)
+
+    @staticmethod
+    def _refuse(ctx):
         raise NotImplementedError(
             f"{ctx.name} is differentiable twice and a third derivative was requested; "
-            f"the reference of the rule has derivatives of every order"
+            f"the reference of the rule has derivatives of every order (a backward pass inside "
+            f"torch.autograd.forward_ad.dual_level has a tangent of its own: leave the level first)"
         )
 
 
@@ -294,4 +416,7 @@ def _wanted(values, need):
 
 def _fresh(y, xs):
     """An operation may return its input (dropout in eval mode); a ``Function`` may not."""
-    return y.view_as(y) if any(y is x for x in xs) else y
+    for x in xs:
+        if y is x:
+            return y.view_as(y)
+    return y

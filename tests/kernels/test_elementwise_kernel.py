@@ -20,6 +20,7 @@ REFERENCES = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mamlfast import native
-from mamlfast.ops import cross_entropy, elementwise, layer_norm, log_softmax, softmax
+from mamlfast.ops import cross_entropy, elementwise, gated, layer_norm, log_softmax, softmax
 from mamlfast.ops.backend import use_backend
+from mamlfast.ops.linear_cross_entropy import token_losses
 from tests.rooms import draw, mapped, ours
 
 TARGET = torch.tensor([3, -100, 998, 0])
@@ -19,10 +20,16 @@ CASES = {
     "log_softmax": (log_softmax, [(4, 999)], {}),
     "layer_norm": (layer_norm, [(40, 99), (99,), (99,)], {}),
     "cross_entropy": (cross_entropy, [(4, 999)], {"target": TARGET, "label_smoothing": 0.1}),
+    "linear_cross_entropy": (
+        token_losses,
+        [(4, 9), (999, 9), (999,)],
+        {"target": torch.tensor([3, 0, 998, 7]), "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0},
+    ),
     **{
         name: (getattr(elementwise, name), [(999,)], {})
-        for name in ("silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid")
+        for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "tanh", "sigmoid")
     },
+    **{name: (getattr(gated, name), [(9, 111)] * 2, {}) for name in ("swiglu", "geglu", "geglu_tanh", "reglu")},
 }
 
 

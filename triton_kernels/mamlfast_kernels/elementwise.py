@@ -54,6 +54,9 @@ def _slopes(x, NAME: tl.constexpr):
         t = s - c
         t_1 = 4.0 * s * c
         return t, t_1, -2.0 * t * t_1
+    elif NAME == "relu2":
+        r = tl.where(x < 0, 0.0, x)
+        return r * r, 2.0 * r, tl.where(x > 0, 2.0, 0.0).to(x.dtype)
     elif NAME == "sigmoid":
         s, c = _sigmoid_pair(x)
         return s, s * c, s * c * (c - s)
