@@ -230,7 +230,7 @@ def _bwd(xs, saved, y_bar, need, *, spec):
     (q, k, v, *sinks), (o, lse) = xs, saved
     kernel = attention_first_order.kernel_for((q, k, v), spec)
     if kernel is None:
-        xs_bar = _room(xs[:3], spec).attention_bwd(q, k, v, o, lse, y_bar, spec=spec)
+        xs_bar = _room(xs[:3], spec).attention_bwd(q, k, v, o, lse, y_bar, spec=spec, need=need[:3])
     else:
         xs_bar = kernel.bwd(q, k, v, o, lse, y_bar, spec)
     delta = row_sum(y_bar, o) if sinks else None
@@ -240,8 +240,9 @@ def _bwd(xs, saved, y_bar, need, *, spec):
 def _bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot, *, spec):
     (q, k, v, *sinks), (q_dot, k_dot, v_dot, *sinks_dot), (o, o_dot, lse, mu) = xs, xs_dot, saved
     xs_bar, xs_bar_dot = _room(xs[:3], spec).attention_bwd_jvp(
-        q, k, v, q_dot, k_dot, v_dot, o, o_dot, lse, mu, y_bar, y_bar_dot, spec=spec
-    )
+        q, k, v, q_dot, k_dot, v_dot, o, o_dot, lse, mu, y_bar, y_bar_dot,
+        spec=spec, need=need[:3], need_dot=need_dot[:3],
+    )  # fmt: skip
     for sink, sink_dot in zip(sinks, sinks_dot, strict=True):
         delta, delta_dot = row_sum(y_bar, o), row_sum(y_bar_dot, o) + row_sum(y_bar, o_dot)
         p_sink = _sink_share(lse, sink)

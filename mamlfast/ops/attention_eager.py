@@ -18,6 +18,10 @@ from mamlfast.ops.attention_reference import hidden_pairs, kept_pairs, mask_part
 CHUNK = 1 << 19
 ROWS = 256
 
+# Which of the results for q, k, v somebody wants.
+Need = tuple[bool, bool, bool]
+ALL = (True, True, True)
+
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Return ``o`` [B, H, T, E] and ``lse`` [B, H, T]."""
@@ -53,9 +57,9 @@ def attention_fwd_jvp(
 
 
 def attention_bwd(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, o_bar: Tensor, *, spec: AttentionSpec
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, o_bar: Tensor, *, spec: AttentionSpec, need: Need = ALL
 ) -> tuple[Tensor, ...]:
-    """Return ``q_bar, k_bar, v_bar``."""
+    """Return ``q_bar, k_bar, v_bar``, all of them whatever is needed."""
     call = _Call((q, k, v), spec, None, o_bar)
     lse, delta = call.rows(lse), call.rows(row_sum(o_bar, o))
     bars = call.gradients(q, k, v)
@@ -70,9 +74,9 @@ def attention_bwd(
 def attention_bwd_jvp(
     q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor, k_dot: Tensor, v_dot: Tensor,
     o: Tensor, o_dot: Tensor, lse: Tensor, mu: Tensor, o_bar: Tensor, o_bar_dot: Tensor,
-    *, spec: AttentionSpec,
+    *, spec: AttentionSpec, need: Need = ALL, need_dot: Need = ALL,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
-    """Return ``(q_bar, k_bar, v_bar)`` and their tangents."""
+    """Return ``(q_bar, k_bar, v_bar)`` and their tangents, all of them whatever is needed."""
     call = _Call((q, k, v), spec, (q_dot, k_dot, v_dot), o_bar, o_bar_dot)
     delta_dot = row_sum(o_bar_dot, o) + row_sum(o_bar, o_dot)
     statistics = [call.rows(x) for x in (lse, mu, row_sum(o_bar, o), delta_dot)]

@@ -1,7 +1,7 @@
 """Compile a Triton kernel for GPUs that are not present and print, as JSON, what it costs on each.
 
 Needs no driver and no CUDA toolkit: ptxas and cuobjdump ship inside Triton. Runs in a process of its own, for
-a kernel that was decorated under TRITON_INTERPRET cannot be compiled. The arguments are one JSON object::
+a kernel that was decorated under TRITON_INTERPRET cannot be compiled. Each argument is one JSON object::
 
     module, kernel    where the kernel is
     constants         values of the constexprs; "fp32" and the like under WIDE name a Triton type
@@ -13,9 +13,9 @@ a kernel that was decorated under TRITON_INTERPRET cannot be compiled. The argum
     num_warps, archs
     num_stages        unless Triton's default will do
 
-For each architecture it prints registers and stack bytes a thread (spills live on the stack), shared memory
+For each object and architecture it prints registers and stack bytes a thread (spills live on the stack), shared memory
 in bytes, whether the code is a bare trap, which is how a kernel that cannot be served compiles without an
-error, and how many matrix instructions there are of each kind.
+error, and how many matrix instructions there are of each kind. Several objects make a list of results.
 """
 
 import importlib
@@ -56,7 +56,11 @@ def source_of(request: dict) -> ASTSource:
 
     signature = {name: kind(name) for name in kernel.arg_names}
     # Torch allocates at multiples of 16 bytes, and row lengths are multiples of 16 in every model.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t != "constexpr"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, parameter in enumerate(kernel.params)
+        if signature[parameter.name] != "constexpr" and not parameter.do_not_specialize
+    }
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)  # type: ignore[arg-type]
 
 
@@ -82,12 +86,17 @@ def cost(source: ASTSource, arch: int, options: dict[str, int]) -> dict:
     }
 
 
-def main() -> None:
-    assert "TRITON_INTERPRET" not in os.environ
-    request = json.loads(sys.argv[1])
+def costs_of(request: dict) -> dict[int, dict]:
+    """Compile one kernel for each of its architectures."""
     source = source_of(request)
     options = {name: request[name] for name in ("num_warps", "num_stages") if name in request}
-    json.dump({arch: cost(source, arch, options) for arch in request["archs"]}, sys.stdout)
+    return {arch: cost(source, arch, options) for arch in request["archs"]}
+
+
+def main() -> None:
+    assert "TRITON_INTERPRET" not in os.environ
+    costs = [costs_of(json.loads(argument)) for argument in sys.argv[1:]]
+    json.dump(costs[0] if len(costs) == 1 else costs, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Attention to second order on GPUs: the launchers of its kernels, and what they may be asked.
 
 The mathematics stands in ``mamlfast/ops/attention.py``, in the same names; the kernels in ``attention_fwd.py`` and
-``attention_bwd.py``; which keys a query sees in ``attention_masks.py``. Memory is linear in the sequence lengths.
-Tensors are read through their strides, as Hugging Face passes them (only a tangent that is not laid out as its
-value costs a copy), and results are laid out as their inputs.
+``attention_bwd.py``; which keys a query sees, and dropout, in ``attention_masks.py``. Memory is linear in the sequence
+lengths. Tensors are read through their strides, as Hugging Face passes them (only a tangent that is not laid out as
+its value costs a copy), and results are laid out as their inputs. Another rate of dropout is another kernel to
+compile, another seed is not.
 
 Products are formed in the dtype of the tensors (float32 in TF32 where torch allows it to its own products) and
 summed in float32, or float64 for float64 inputs, as is everything else. In Triton's interpreter the kernels agree
@@ -62,8 +63,9 @@ def attention_bwd(
 ) -> Three:  # fmt: skip
     """Return ``q_bar, k_bar, v_bar`` from the results of ``attention_fwd`` and the cotangent of o.
 
-    ``lse`` may have more terms than those of the keys (an attention sink) if o is normalised by the same. ``need``
-    says which results are wanted; the sweep of those that are not is left out, and None stands in their place.
+    ``lse`` may have more terms than those of the keys (an attention sink) if o is normalised by the same. ``need``, a
+    bool for each of q, k, v, says which results are wanted: the sweep of those that are not is left out, and None
+    stands in their place.
     """
     return _backward((q, k, v), None, (o, lse, o_bar), None, spec, tuple(need), tiles)[0]
 
@@ -98,7 +100,7 @@ def _forward(xs: Three, xs_dot: Tensors | None, spec: AttentionSpec, tiles: Tile
     common, segments = _common(q, k, v, spec, has_tangent=xs_dot is not None)
     pointers = _pointers(q=q, k=k, v=v, o=o, lse=lse, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, o_dot=o_dot, mu=mu)
     own = pointers | _strides(q=q, k=k, v=v, o=o) | _pointers_of_ids(segments, "key")
-    tiles = tiles or _tiles(q, v, xs_dot is not None)
+    tiles = tiles or tiles_of(q, v, xs_dot is not None)
     _launch(_attention_fwd_kernel, q, tiles.fwd, common | own)
     return o.to(dtype), lse, None if o_dot is None else o_dot.to(dtype), mu
 
@@ -125,7 +127,7 @@ def _backward(
         q=q, k=k, v=v, o_bar=o_bar, lse=lse, delta=delta,
         q_dot=q_dot, k_dot=k_dot, v_dot=v_dot, o_bar_dot=o_bar_dot, mu=mu, delta_dot=delta_dot,
     )  # fmt: skip
-    tiles = tiles or _tiles(q, v, has_tangent)
+    tiles = tiles or tiles_of(q, v, has_tangent)
     with_q, with_k, with_v = wanted
     if with_q or with_k:  # k_bar needs the delta that comes with q_bar
         own = _pointers(o=o, o_dot=o_dot, q_bar=bars[0], q_bar_dot=bar_dots[0]) | _strides(o=o, q_bar=bars[0])
@@ -214,7 +216,8 @@ def _launch(kernel: Any, owned: Tensor, tile: Tile, arguments: dict[str, Any]) -
         )
 
 
-def _tiles(q: Tensor, v: Tensor, has_tangent: bool) -> Tiles:
+def tiles_of(q: Tensor, v: Tensor, has_tangent: bool) -> Tiles:
+    """Return the tiles for tensors like these on their device, of first or of second order."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
     precision = None if q.element_size() == 2 else _precision(q)
     return tiles_for(capability, max(q.shape[-1], v.shape[-1]), precision, has_tangent)

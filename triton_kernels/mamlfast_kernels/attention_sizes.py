@@ -1,7 +1,17 @@
 """How large the tiles of attention are on which GPU: data, chosen by what the compiler makes of them.
 
-No GPU has tuned or run these. They compile without traps and within shared memory, up to D = 128 with at most 64 bytes
-a thread on the stack, and in bfloat16 up to 256. Only float32 at D = 256 spills, and is slow.
+No GPU has tuned or run these. For causal attention they compile without traps and within shared memory, up to D = 128
+with at most 64 bytes a thread on the stack, and in bfloat16 up to 256 with Triton 3.9. Only float32 at D = 256 spills,
+and is slow. Found besides:
+
+* On sm_90 at D = 128 with tangents, Triton 3.6 puts 72 bytes on the stack by queries and 80 by keys for ``k_bar`` (88
+  with a window); 3.9 needs 56 and 32. Nothing tried is better with 3.6: fewer queries or keys, one stage or four warps
+  took 88 to 440.
+* In float32 at D = 64, 3.6 needs 240 bytes for ``k_bar`` in tiles of 32 x 32, and in TF32 on sm_80 104 by queries in
+  tiles of 64 x 16; those of 16 x 32 and 32 x 32 that are here need none with either version.
+* More is spilled, with tangents, for what such tiles were not chosen for (sm_80 and sm_90, Triton 3.9): up to 200 bytes
+  with a soft-cap and 320 with dropout. Windows and segments stay within 64.
+* All four sums by keys do not fit into registers at D = 128, hence the two halves.
 """
 
 from dataclasses import dataclass
@@ -81,14 +91,14 @@ _SECOND_ORDER = {
 }
 _SMALL_TF32 = _tiles((32, 16, 8), (16, 16, 8), (16, 16, 8), (16, 32, 8))
 _TF32 = {
-    (80, 64): _tiles((64, 32, 8), (64, 16, 8), (16, 64, 8), (32, 64, 8)),
-    (86, 64): _tiles((64, 32, 8), (64, 16, 8), (16, 64, 8), (32, 64, 8)),
+    (80, 64): _tiles((64, 32, 8), (32, 32, 8), (16, 64, 8), (32, 64, 8)),
+    (86, 64): _tiles((64, 32, 8), (32, 32, 8), (16, 64, 8), (32, 64, 8)),
     (90, 64): _tiles((128, 32, 8), (128, 16, 8), (16, 128, 8), (32, 128, 8)),
     (100, 64): _tiles((128, 32, 8), (64, 16, 8), (16, 64, 8), (32, 64, 8)),
     **{(arch, 128): _SMALL_TF32 for arch in (80, 86, 90, 100)},
 }
 # Without matrix instructions a thread multiplies in its registers.
-_WITHOUT_MATRIX_UNITS = {64: _tiles((32, 32, 8), (32, 32, 8), (32, 32, 8), (32, 32, 8))}
+_WITHOUT_MATRIX_UNITS = {64: _tiles((32, 32, 8), (32, 32, 8), (16, 32, 8), (32, 32, 8))}
 _SMALLEST = _tiles((16, 16, 8), (16, 16, 8), (16, 16, 8), (16, 16, 8))
 
 
