@@ -10,6 +10,8 @@ from mamlfast.adjoint import MetaResult as MetaResult
 from mamlfast.adjoint import Replay as Replay
 from mamlfast.adjoint import Reptile as Reptile
 from mamlfast.adjoint import Unrolled as Unrolled
+from mamlfast.checking import CheckResult as CheckResult
+from mamlfast.checking import check as check
 from mamlfast.dual import Dual as Dual
 from mamlfast.episode import Episode as Episode
 from mamlfast.hvp import hvp as hvp

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 Method = Literal["maml", "fomaml", "metaicl"]
+Attention = Literal["mamlfast", "sdpa", "eager"]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -85,6 +86,7 @@ class RunConfig:
     seed: int = _option(0, "of data, initialisation and dropout; one seed gives one result")
     device: str = _option("cpu", "where to train, such as cpu or cuda")
     dtype: Literal["float32", "float64", "bfloat16"] = _option("float32", "of the parameters")
+    attn: Attention = _option("mamlfast", "the model's attention; meta-gradients use mamlfast's in place of sdpa too")
     threads: int = _option(0, "CPU threads; 0: one for a model below 5 million parameters, else PyTorch's choice")
 
     def __post_init__(self) -> None:

@@ -333,11 +333,14 @@ def _dropout_arguments(input, p=0.5, training=True, inplace=False):
 
 def _baddbmm(func, args, kwargs):
     """``beta input + alpha a b``; with ``beta=0`` the input is not read at all."""
-    input, a, b = args
+    input, a, b, beta, alpha = _baddbmm_arguments(*args, **kwargs)
     product = torch.bmm(a, b)
-    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
     product = product if alpha == 1 else product * alpha
     return product if beta == 0 else product + (input if beta == 1 else input * beta)
+
+
+def _baddbmm_arguments(input, batch1, batch2, *, beta=1, alpha=1):
+    return input, batch1, batch2, beta, alpha
 
 
 OWN_ANSWERS: dict[str, Callable] = {

@@ -13,16 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import checkpoint
+from transformers import PreTrainedModel
 
+from mamlfast import attention_interface
 from mamlfast.blocks import recomputed
 from mamlfast.swap import swapped
 from mamlfast.tree import Params
 
 _log = logging.getLogger("mamlfast")
-
-# What Hugging Face models run on that has a second derivative here: plain tensor arithmetic, and PyTorch's own
-# attention function, which Dual answers with the attention Rule.
-TWICE_DIFFERENTIABLE_ATTENTION = ("eager", "sdpa")
 
 
 def functional(
@@ -56,8 +54,13 @@ def causal_lm(
     ``loss(params, batch)`` is the model's own loss, a scalar, at ``params``; ``batch`` is a dict of tensors as the
     model takes it: ``input_ids`` [B, T] int64, ``labels`` [B, T] (-100 where there is no loss; the model shifts
     them), optionally ``attention_mask``. With ``recompute`` (the default) each decoder layer keeps its input only:
-    one more forward in time, a fraction of the memory. Where the model was loaded with an attention that cannot be
-    differentiated twice, another is used and that is said once.
+    one more forward in time, a fraction of the memory.
+
+    Attention is ``attn_implementation="mamlfast"``, for the time of a call and whatever the model was loaded with:
+    memory linear in T, padding and packed sequences (``position_ids`` that restart) included. Two exceptions: a model
+    loaded with "eager" keeps it, and with it T x T scores of each head, in the block that is being recomputed; and a
+    model whose attention is its own code keeps "sdpa", or gets that in place of what has no second derivative. What
+    stands in for another kernel than sdpa is said once.
 
     Raises TypeError for a model without a configuration or a batch that is not a dict, ValueError for a batch
     without labels, with nothing but masked labels, or longer than the model's positions.
@@ -115,17 +118,21 @@ def settings(module: nn.Module) -> list[Setting]:
     """What a model's own settings have to be while the engine runs it, as (object, attribute, value).
 
     Gradient checkpointing of its own would recompute after the weights were given back and silently use the wrong
-    ones: Hugging Face's is off, and any other is refused. Its attention is one that has a second derivative.
+    ones: Hugging Face's is off, and any other is refused. Its attention is one that has a second derivative: ours
+    where it calls its attention through transformers' interface, unless it was loaded with "eager".
     """
     found: list[Setting] = [(checkpoint, name, _RefusedCheckpoint) for name in _CHECKPOINTS]
-    seen: set[int] = set()
+    configs: dict[int, Any] = {}
+    owners: dict[int, set[type]] = {}
     for m in module.modules():
         if getattr(m, "gradient_checkpointing", False) is True:
             found.append((m, "gradient_checkpointing", False))
         config = getattr(m, "config", None)
-        if config is not None and id(config) not in seen:
-            seen.add(id(config))
-            found.extend(_attention_settings(config))
+        if config is not None:
+            configs[id(config)] = config
+            owners.setdefault(id(config), set()).update({type(m)} if isinstance(m, PreTrainedModel) else ())
+    for key, config in configs.items():
+        found.extend(_attention_settings(config, owners[key]))
     return found
 
 
@@ -145,20 +152,25 @@ class _RefusedCheckpoint:
     apply = __init__
 
 
-def _attention_settings(config) -> list[Setting]:
+def _attention_settings(config, owners: set[type]) -> list[Setting]:
+    """What stands in for the attention of ``owners``, the models of this configuration."""
     loaded = getattr(config, "_attn_implementation", None)
-    if loaded is None or loaded in TWICE_DIFFERENTIABLE_ATTENTION:
+    served = bool(owners) and all(map(attention_interface.serves, owners))
+    if loaded in (None, "eager", attention_interface.NAME) or (loaded == "sdpa" and not served):
         return []
     # sdpa has no logit soft-cap.
-    replacement = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-    if loaded not in _said:
+    fallback = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    replacement = attention_interface.NAME if served else fallback
+    if loaded != "sdpa" and loaded not in _said:
         _said.add(loaded)
         _log.warning(
             "%s attention cannot be differentiated twice; %s is used where second derivatives are taken",
             loaded,
             replacement,
         )
-    return [(config, "_attn_implementation", replacement)]
+    # Of a Hugging Face configuration the property would also set those of the model's parts, which have their own.
+    internal = "_attn_implementation_internal"
+    return [(config, internal if hasattr(config, internal) else "_attn_implementation", replacement)]
 
 
 @contextmanager

@@ -30,7 +30,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mamlfast.adjoint import FirstOrder, Replay
-from mamlfast.config import PRESETS, MethodConfig, TrainConfig, parse_args
+from mamlfast.attention_interface import serves
+from mamlfast.config import PRESETS, Attention, MethodConfig, TrainConfig, parse_args
 from mamlfast.data.episodes import EpisodeSampler, EpisodeShape
 from mamlfast.data.prompt import COMPACT, IGNORED, METAICL, Prompter
 from mamlfast.data.source import is_path, read_suite
@@ -127,7 +128,7 @@ def prepare(config: TrainConfig) -> Run:
     if config.run.model in PRESETS:
         tokenizer, model = build_model(config, suite)
     else:
-        tokenizer, model = load_model(config.run.model)
+        tokenizer, model = load_model(config.run.model, config.run.attn)
     if not config.run.threads and model.num_parameters() < SMALL:
         torch.set_num_threads(1)
     _check_fit(model, tokenizer, data.max_length)
@@ -175,24 +176,33 @@ def build_model(config: TrainConfig, suite: Suite) -> tuple[PreTrainedTokenizerB
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         **PRESETS[config.run.model],
     )
-    return tokenizer, LlamaForCausalLM(llama)
+    model = LlamaForCausalLM(llama)
+    model.set_attn_implementation(config.run.attn)
+    return tokenizer, model
 
 
-def load_model(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load_model(name: str, attn: Attention) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load a model and its tokenizer from a local folder or, failing that, the hub.
 
     Raises:
-        ValueError: there is none of that name, or it is no causal LM with a tokenizer.
+        ValueError: there is none of that name, or it is no causal LM with a tokenizer, or not one for ``attn``.
     """
     if is_path(name) and not Path(name).is_dir():
         raise ValueError(f"model folder {name} does not exist")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         padding_id(tokenizer)  # raises where there is nothing to pad with
-        return tokenizer, AutoModelForCausalLM.from_pretrained(name)
+        # Under our name some models with an attention of their own cannot be built, and others are built wrong.
+        first = "eager" if attn == "mamlfast" else attn
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=first)
     except Exception as error:  # transformers, safetensors and the hub each raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model {name} could not be loaded as a causal LM with a tokenizer: {reason}") from error
+    if attn == "mamlfast":
+        if not serves(type(model)):
+            raise ValueError(f"model {name} has an attention of its own, which cannot be mamlfast's: try --attn eager")
+        model.set_attn_implementation(attn)
+    return tokenizer, model
 
 
 def _check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -51,6 +51,7 @@ def test_a_flag_outweighs_every_default():
         ("--outer-lr inf", "--outer-lr must be a finite number of at least 0, got inf"),
         ("--num-tasks 1.5", "argument --num-tasks: invalid int value: '1.5'"),
         ("--method reptile", "argument --method: invalid choice: 'reptile'"),
+        ("--attn flash_attention_2", "argument --attn: invalid choice: 'flash_attention_2'"),
         ("--warmup 2", "--warmup and --outer-lr must be at most 1, got 2.0 and 0.005"),
         ("--outer-lr 1e38", "--warmup and --outer-lr must be at most 1, got 0.05 and 1e+38"),
         ("--inner-step 2", "unrecognized arguments: --inner-step 2"),

@@ -40,6 +40,7 @@ FUNCTIONS = {
     "addmm": lambda x: torch.addmm(x[0, :3], x, x.mT) + torch.addmm(x[:, :3], x, C.mT, beta=0.5, alpha=2),
     "baddbmm": lambda x: torch.baddbmm(C.new_empty(1, 3, 3), x[None], x.mT[None], beta=0, alpha=0.5),
     "baddbmm beta": lambda x: torch.baddbmm(x[None, :, :3], x[None], C.mT[None], beta=2),
+    "baddbmm keywords": lambda x: torch.baddbmm(C.new_empty(1, 3, 3), batch1=x[None], batch2=x.mT[None], beta=0),
     "keywords": lambda x: torch.matmul(input=x, other=x.mT) @ torch.add(x, other=C, alpha=2),
     "more keywords": lambda x: torch.mul(x, other=C) + torch.softmax(input=x, dim=-1) + torch.mul(input=x, other=x),
     "einsum": lambda x: torch.einsum("ij,kj->ik", x, x * C),

@@ -17,6 +17,7 @@ LAYERS = [
     "mamlfast_kernels*",
     "mamlfast.native",
     "mamlfast.ops.backend",
+    "mamlfast.ops.mapping",
     "mamlfast.ops.rule",
     "mamlfast.ops*",
     "mamlfast.dual",
@@ -25,6 +26,7 @@ LAYERS = [
     "mamlfast.randomness",
     "mamlfast.episode",
     "mamlfast.blocks",
+    "mamlfast.attention_interface",
     "mamlfast.model",
     "mamlfast.fuse",
     "mamlfast.hvp",
@@ -36,6 +38,7 @@ LAYERS = [
     "mamlfast.evaluation",
     "mamlfast.config",
     "mamlfast.report",
+    "mamlfast.checking*",
     "mamlfast",  # the public face gathers what stands above and is what the commands import
     "mamlfast.plan",
     "mamlfast.check",
@@ -43,10 +46,12 @@ LAYERS = [
     "mamlfast.train",
 ]
 MAY_IMPORT_TRANSFORMERS = {
+    "mamlfast.attention_interface",
     "mamlfast.model",
     "mamlfast.fuse",
     "mamlfast.data.tokenizer",
     "mamlfast.evaluation",
+    "mamlfast.check",
     "mamlfast.evaluate",
     "mamlfast.train",
 }

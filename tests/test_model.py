@@ -4,12 +4,13 @@ import logging
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import mamlfast
-from mamlfast.model import find_blocks
+from mamlfast.model import find_blocks, holding, settings
 from tests.models import LR, double_backward, draw_batch, draw_episode, overall_error, tiny_model
 
 
@@ -33,6 +34,52 @@ def test_attention_without_a_second_derivative_is_replaced_and_that_is_said_once
     assert overall_error(got, want) < 1e-6
     assert model.config._attn_implementation == attention
     assert [r.message.split()[0] for r in caplog.records].count(attention) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded", "used"),
+    [
+        ("llama", "sdpa", "mamlfast"),
+        ("llama", "mamlfast", "mamlfast"),
+        ("llama", "eager", "eager"),
+        ("gemma2", "flash_attention_2", "mamlfast"),  # with a soft-cap
+    ],
+)
+def test_the_models_attention_is_ours_for_a_call_unless_it_is_eager(name, loaded, used):
+    model = tiny_model(name)
+    model.config._attn_implementation = loaded
+    seen = []
+    model.model.register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
+    loss, params = mamlfast.causal_lm(model)
+    mamlfast.hvp(loss, params, params, draw_batch(1))
+    assert seen == [used] and model.config._attn_implementation == loaded
+
+
+def test_an_attention_of_the_models_own_keeps_sdpa():
+    config = transformers.FalconConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.FalconForCausalLM._from_config(config, attn_implementation="sdpa").double()
+    with holding(settings(model)):
+        assert config._attn_implementation == "sdpa"
+    config._attn_implementation = "flash_attention_2"
+    with holding(settings(model)):
+        assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "flash_attention_2"
+
+
+def test_each_part_of_a_model_keeps_the_attention_that_was_chosen_for_it():
+    text = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text, num_attention_heads=2),
+        vision_config=transformers.CLIPVisionConfig(**vision, num_attention_heads=2),
+    )
+    kinds = {"text_config": "sdpa", "vision_config": "eager"}
+    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation=kinds)
+    parts = model.config.text_config, model.config.vision_config
+    before = [part._attn_implementation for part in parts]
+    with holding(settings(model)):
+        assert [part._attn_implementation for part in parts] == ["mamlfast", "eager"]
+    assert [part._attn_implementation for part in parts] == before == ["sdpa", "eager"]
 
 
 def test_gradient_checkpointing_of_the_models_own_is_taken_over_and_given_back():

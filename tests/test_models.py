@@ -39,7 +39,7 @@ def test_replay_is_double_backward_to_float64_rounding_and_first_order_is_not(na
         assert relative_error(engine(model, episode, mamlfast.FirstOrder()), want) > 0.05
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "mamlfast"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_replay_is_double_backward_on_the_models_as_they_are(name, attention):
     if name == "gemma2" and attention == "sdpa":
@@ -53,7 +53,7 @@ def test_replay_is_double_backward_on_the_models_as_they_are(name, attention):
     assert overall_error(engine(model, episode, mamlfast.FirstOrder()), want) > 0.05
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "mamlfast"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_bfloat16_is_as_close_to_float64_as_double_backward_in_bfloat16(name, attention):
     episode = draw_episode(2, padded="right")

@@ -15,14 +15,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import mamlfast.train
+from mamlfast.config import parse_args
 from mamlfast.data.batch import collate
 from mamlfast.data.prompt import IGNORED, Tokens
 from mamlfast.data.tokenizer import train_tokenizer
 from mamlfast.episode import Episode
-from mamlfast.train import joint_backward, main, spread
+from mamlfast.train import backward, joint_backward, main, prepare, reproducibly, spread
+from tests.models import float64_throughout, overall_error, relative_error
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "train_config.json", "metrics.jsonl"}
 QUICK = "--max-steps 3 --num-tasks 2 --support-batch 3 --query-batch 3 --eval-tasks 2 --eval-examples 2".split()
@@ -176,11 +185,52 @@ def test_a_local_model_trains_and_its_folder_stays_as_it_was(loaded, run, tmp_pa
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
+@pytest.fixture(scope="module")
+def own_attention(tmp_path_factory) -> Path:
+    """A folder with a model that does not call its attention through transformers' interface."""
+    folder, tokenizer = tmp_path_factory.mktemp("gptj"), train_tokenizer([])
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 40}
+    GPTJForCausalLM(GPTJConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_with_an_attention_of_its_own_trains_on_eager(own_attention, run, tmp_path):
+    flags = ["--max-steps", "1", "--max-length", "40", "--attn", "eager"]
+    assert run(tmp_path / "out", "--model", str(own_attention), *flags) == 0
+
+
+@pytest.mark.parametrize("attn", ["mamlfast", "sdpa"])
+def test_an_attention_gives_the_meta_gradient_of_eager(attn, data):
+    assert relative_error(meta_gradient(data, attn), meta_gradient(data, "eager")) < 1e-10
+
+
+def test_a_first_order_meta_gradient_is_another(data):
+    exact, first = (meta_gradient(data, "eager", "--method", method) for method in ("maml", "fomaml"))
+    assert overall_error(first, exact) > 1e-3
+
+
+def meta_gradient(data: Path, attn: str, *flags: str) -> dict[str, torch.Tensor]:
+    """The first step's, in float64."""
+    choices = ["--data", str(data), "--setting", "mini", "--dtype", "float64", "--clip", "0", "--attn", attn, *flags]
+    config = parse_args([*QUICK, *choices])
+    with reproducibly(config), float64_throughout():
+        run = prepare(config)
+        assert run.model.config._attn_implementation == attn
+        backward(run, config.method, run.sampler.meta_batch(0, 2))
+    return {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+def test_the_checkpoint_does_not_insist_on_the_attention_of_its_training(finished):
+    assert "mamlfast" not in (finished["maml"] / "config.json").read_text()
+
+
 BAD_INPUT = {
     "flag": (["--max-steps", "none"], "argument --max-steps: invalid int value"),
     "range": (["--inner-lr", "-1"], "--inner-lr must be a finite number of at least 0, got -1"),
     "model": (["--model", "{tmp}/none"], "model folder {tmp}/none does not exist"),
     "no model": (["--model", "{tmp}"], "model {tmp} could not be loaded as a causal LM with a tokenizer"),
+    "attention": (["--model", "{own}"], "has an attention of its own, which cannot be mamlfast's: try --attn eager"),
     "data": (["--data", "{tmp}/none"], "data folder {tmp}/none does not exist"),
     "setting": (["--setting", "maxi"], "unknown setting 'maxi'; {data} has mini"),
     "corrupt": (
@@ -199,9 +249,9 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_sentence_and_exit_code_2(case, data, loaded, run, tmp_path, capsys):
+def test_bad_input_is_one_sentence_and_exit_code_2(case, data, loaded, own_attention, run, tmp_path, capsys):
     bad = mini_data(tmp_path / "bad", lines=['{"input": "x", "output": "y"}', "{broken"])
-    places = {"tmp": tmp_path, "data": data, "model": loaded, "bad": bad}
+    places = {"tmp": tmp_path, "data": data, "model": loaded, "own": own_attention, "bad": bad}
     before = sorted(tmp_path.rglob("*"))
     flags, sentence = BAD_INPUT[case]
     assert run(tmp_path / "out", *(flag.format(**places) for flag in flags)) == 2

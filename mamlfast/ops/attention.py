@@ -29,6 +29,7 @@ Products in units of one T S D matrix product, half of that under a causal mask:
 ``bwd_jvp`` 15 (Triton 21: it visits the pairs once by queries and once by keys, so that nothing is added atomically).
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -38,12 +39,14 @@ import torch
 from mamlfast_kernels.attention_spec import AttentionSpec
 from torch import Tensor
 
-from mamlfast.ops import attention_eager, attention_first_order
+from mamlfast.ops import attention_eager, attention_first_order, attention_native
 from mamlfast.ops.attention_compiled import compiled_attention, fold_attention
 from mamlfast.ops.attention_eager import row_sum
 from mamlfast.ops.attention_reference import attention_reference as attention_reference
-from mamlfast.ops.backend import backend_for
+from mamlfast.ops.backend import backend_for, forced_backend
 from mamlfast.ops.rule import Rule
+
+_log = logging.getLogger("mamlfast")
 
 Window = tuple[int | None, int | None]
 
@@ -86,40 +89,39 @@ def attention(
     Raises ValueError where shapes, dtypes, devices or numbers do not fit, TypeError for what is no tensor.
     """
     _check(q, k, v, sinks)
-    B, _, T, D = q.shape
-    S = k.shape[2]
-    if cu_seqlens is not None:
-        if segments is not None:
-            raise ValueError("give segments or cu_seqlens, not both")
-        segments = _segments_of(cu_seqlens, B, T, S, causal)
-    if isinstance(segments, Tensor):
-        segments = segments, segments
-    _check_visibility(q, S, mask, key_mask, segments)
-    spec = AttentionSpec(
-        scale=D**-0.5 if scale is None else scale,
-        causal=causal,
-        offset=offset,
-        window=window,
-        softcap=softcap,
-        segments=segments,
-        key_mask=key_mask,
-        mask=mask,
-        dropout=dropout,
-        seed=_draw_seed() if dropout and seed is None else seed or 0,
-    )
+    spec = _specification(
+        q, k, causal=causal, mask=mask, key_mask=key_mask, segments=segments, cu_seqlens=cu_seqlens, window=window,
+        softcap=softcap, scale=scale, offset=offset, dropout=dropout, seed=seed,
+    )  # fmt: skip
     return attention_rule(q, k, v, spec=spec) if sinks is None else attention_rule(q, k, v, sinks, spec=spec)
 
 
-def attention_backend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> dict[str, str]:
+def attention_backend(
+    q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None, **options: Any
+) -> dict[str, str]:
     """Return which kernels answer ``attention(q, k, v, **options)``: ``{"first order": ..., "second order": ...}``.
 
     ``mamlfast.ops.use_backend`` forces a room ("triton", "native", "eager") on both;
-    ``mamlfast.ops.use_first_order_attention`` forces the kernel of the first.
+    ``mamlfast.ops.use_first_order_attention`` forces the kernel of the first. Raises as ``attention`` does.
     """
-    spec = AttentionSpec(scale=q.shape[-1] ** -0.5, **options)
-    kernel = attention_first_order.kernel_for((q, k, v), spec)
-    room = _room_name((q, k, v), spec)
+    _check(q, k, v, sinks)
+    spec = _specification(q, k, **options)
+    kernel, room = attention_first_order.kernel_for((q, k, v), spec), _room_name((q, k, v), spec)
     return {"first order": room if kernel is None else kernel.name, "second order": room}
+
+
+def _specification(q, k, *, segments=None, cu_seqlens=None, scale=None, dropout=0.0, seed=None, **others):
+    (B, _, T, D), S = q.shape, k.shape[2]
+    if cu_seqlens is not None:
+        if segments is not None:
+            raise ValueError("give segments or cu_seqlens, not both")
+        segments = _segments_of(cu_seqlens, B, T, S, others.get("causal", False))
+    if isinstance(segments, Tensor):
+        segments = segments, segments
+    _check_visibility(q, S, others.get("mask"), others.get("key_mask"), segments)
+    scale = D**-0.5 if scale is None else scale
+    seed = _draw_seed() if dropout and seed is None else seed or 0
+    return AttentionSpec(segments=segments, scale=scale, dropout=dropout, seed=seed, **others)
 
 
 def _draw_seed() -> int:
@@ -189,10 +191,28 @@ def _check_visibility(q, S, mask, key_mask, segments):
 def _room_name(xs: Sequence[Tensor], spec: AttentionSpec) -> str:
     rooms = {"eager"}
     if all(x.dtype == xs[0].dtype for x in xs):
-        widths = xs[0].shape[-1], xs[2].shape[-1]
-        if all(16 <= width <= 256 for width in widths) and spec.scale > 0 and spec.mask is None:
+        rooms.add("native")
+        if all(16 <= x.shape[-1] <= 256 for x in xs) and spec.scale > 0 and spec.mask is None:
             rooms.add("triton")
-    return backend_for(*xs, rooms=rooms)
+    name = backend_for(*xs, rooms=rooms)
+    if name == "eager" and xs[0].is_cuda and forced_backend() is None:
+        _tell_of_eager(xs, spec)
+    return name
+
+
+_said: set[str] = set()
+
+
+def _tell_of_eager(xs, spec):
+    """Slower, and with a dense mask quadratic already: say so, once for each reason."""
+    reason = "Triton is not installed"
+    if spec.mask is not None:
+        reason = "a dense mask was given; key_mask, segments and window say the same in linear memory"
+    elif spec.scale <= 0 or not all(16 <= x.shape[-1] <= 256 for x in xs):
+        reason = "the kernels take a positive scale and head dimensions 16 to 256"
+    if reason not in _said:
+        _said.add(reason)
+        _log.warning("attention on %s runs in eager chunks, without fused kernels: %s", xs[0].device, reason)
 
 
 def _room(xs: Sequence[Tensor], spec: AttentionSpec) -> ModuleType:
@@ -202,7 +222,7 @@ def _room(xs: Sequence[Tensor], spec: AttentionSpec) -> ModuleType:
         from mamlfast_kernels import attention as attention_triton
 
         return attention_triton
-    return attention_eager
+    return attention_native if name == "native" else attention_eager
 
 
 def _fwd(xs, *, spec):

@@ -4,7 +4,8 @@ A fused attention kernel that hands out its log-sum-exp is half a Rule: its forw
 functions need, and its backward is the first backward. The other half is ours, always. Candidates, in order:
 
 * ``flash-attn``: the package of that name (Dao, 2023, arXiv:2307.08691), version 2, on CUDA in 16-bit types.
-* ``torch``: PyTorch's own FlashAttention, on CUDA in 16-bit types and on the CPU.
+* ``torch``: PyTorch's own FlashAttention, on CUDA in 16-bit types, and on the CPU where our C++ kernels are not built
+  or do not take the dtype.
 
 No GPU has run the two for CUDA from here. Their backward adds in the order of arrival unless
 ``torch.use_deterministic_algorithms`` asks for a fixed one.
@@ -20,7 +21,8 @@ import torch
 from mamlfast_kernels.attention_spec import AttentionSpec
 from torch import Tensor
 
-from mamlfast.ops.backend import forced_backend
+from mamlfast import native
+from mamlfast.ops.backend import forced_backend, serves_native
 
 Operands = tuple[Tensor, Tensor, Tensor]
 
@@ -62,9 +64,14 @@ def kernel_for(xs: Operands, spec: AttentionSpec) -> FirstOrderKernel | None:
     """Return the kernel that serves the call, None for ours. Raises ValueError where the forced one cannot."""
     if _forced:
         return None if _forced[-1] == "ours" else _insisted(_forced[-1], xs, spec)
-    if forced_backend() is not None:
+    if forced_backend() is not None or _has_native(xs):
         return None
     return next((kernel for kernel in KERNELS if kernel.refuses(xs, spec) is None), None)
+
+
+def _has_native(xs):
+    """Our own C++ kernels are faster than PyTorch's in both directions."""
+    return serves_native(xs) and native.available()
 
 
 def _insisted(name, xs, spec):

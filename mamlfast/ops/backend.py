@@ -9,7 +9,7 @@ measurement or a test never runs on something else.
 import functools
 import importlib.util
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -56,7 +56,7 @@ def backend_for(*tensors: Tensor, rooms: Collection[str] = BACKENDS) -> str:
         return _forced[-1]
     if "triton" in rooms and all(t.is_cuda for t in tensors) and _has_triton():
         return "triton"
-    if "native" in rooms and _suits_native(tensors) and native.available():
+    if "native" in rooms and serves_native(tensors) and native.available():
         return "native"
     return "eager"
 
@@ -71,7 +71,7 @@ def _refuse_unless_served(name: str, tensors: tuple[Tensor, ...], rooms: Collect
         reason = "Triton is not installed"
     elif name == "triton" and not _interpreting() and not all(t.is_cuda for t in tensors):
         reason = "Triton needs CUDA tensors, or TRITON_INTERPRET=1 in the environment before it is imported"
-    elif name == "native" and not _suits_native(tensors):
+    elif name == "native" and not serves_native(tensors):
         reason = "the C++ kernels need float32 or float64 tensors on the CPU"
     elif name == "native" and not native.available():
         reason = "the C++ kernels are not built"
@@ -83,7 +83,8 @@ def _refuse_unless_served(name: str, tensors: tuple[Tensor, ...], rooms: Collect
         )
 
 
-def _suits_native(tensors: tuple[Tensor, ...]) -> bool:
+def serves_native(tensors: Sequence[Tensor]) -> bool:
+    """Return whether the C++ kernels take tensors of this kind: float32 or float64, on the CPU."""
     return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
 
 

@@ -190,6 +190,11 @@ def _bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot, *, eps=1e-5):
 
 
 layer_norm = Rule(
-    name="layer_norm", reference=layer_norm_reference, fwd=_fwd, bwd=_bwd, fwd_jvp=_fwd_jvp, bwd_jvp=_bwd_jvp,
-    compiled=_layer_norm_compiled
+    name="layer_norm",
+    reference=layer_norm_reference,
+    fwd=_fwd,
+    bwd=_bwd,
+    fwd_jvp=_fwd_jvp,
+    bwd_jvp=_bwd_jvp,
+    compiled=_layer_norm_compiled,
 )

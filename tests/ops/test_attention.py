@@ -10,6 +10,7 @@ from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mamlfast import native
 from mamlfast.dual import Dual
 from mamlfast.ops import attention, attention_backend, attention_reference, attention_rule, use_backend
 from mamlfast.ops import attention_eager as eager
@@ -95,6 +96,32 @@ def test_a_sink_is_a_key_whose_value_is_zero():
     close(attention(q, k, v, sinks=sinks), want)
 
 
+def test_every_room_answers_the_rule_in_every_mode(room):
+    xs, sinks = draw((B, H, G, 19, 21, 16)), torch.linspace(-1, 1, H, dtype=torch.float64)
+    padding = torch.ones(B, 21, dtype=torch.bool)
+    padding[1, :6] = False
+    options = {"causal": True, "offset": 2, "window": (9, None), "softcap": 2.0, "key_mask": padding}
+    options |= {"scale": 0.3, "dropout": 0.3, "seed": 1}
+    reference = partial(attention_reference, spec=AttentionSpec(**options))
+
+    def ours(q, k, v, sinks):
+        return attention(q, k, v, sinks=sinks, **options)
+
+    close(second_order(ours, (*xs, sinks)), second_order(reference, (*xs, sinks)))
+    xs_dot = [x.cos() for x in (*xs, sinks)]
+    values, tangents = ([x.detach().requires_grad_() for x in half] for half in ((*xs, sinks), xs_dot))
+    y = ours(*map(Dual, values, tangents))
+    want, want_dot = jvp(reference, tuple(values), tuple(tangents))
+    close((y.primal, y.tangent), (want, want_dot))
+    leaves = [*values, *tangents]
+    weights = want.detach().sin(), want.detach().cos()
+    close(
+        torch.autograd.grad((y.primal, y.tangent), leaves, weights),
+        torch.autograd.grad((want, want_dot), leaves, weights),
+    )
+    assert attention_backend(*xs, **options)["second order"] == room
+
+
 def test_dropout_keeps_its_share_and_follows_its_seed():
     q, k, v = draw((1, 2, 2, 64, 64, D))
     ones = torch.ones_like(v)
@@ -153,8 +180,12 @@ def test_the_kernel_of_torch_and_ours_agree(causal):
 
 def test_the_choice_of_kernels_is_visible_and_can_be_forced():
     xs = draw()
-    assert attention_backend(*xs)["first order"] == "torch"
-    assert attention_backend(*xs, key_mask=PADDING)["first order"] in ("native", "eager")
+    ours = "native" if native.available() else "eager"
+    assert attention_backend(*xs, key_mask=PADDING) == {"first order": ours, "second order": ours}
+    assert attention_backend(*xs)["first order"] == ("native" if native.available() else "torch")
+    assert attention_backend(*(x.bfloat16() for x in xs)) == {"first order": "torch", "second order": "eager"}
+    with first_order.use_first_order_attention("torch"):
+        assert attention_backend(*xs)["first order"] == "torch"
     with use_backend("eager"):
         assert attention_backend(*xs) == {"first order": "eager", "second order": "eager"}
     with first_order.use_first_order_attention("ours"):
