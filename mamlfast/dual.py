@@ -371,7 +371,8 @@ def _derived(func, args, kwargs):
     """Answer with the rule that autograd derives for this one call."""
     if kwargs.get("inplace"):
         return _in_place_option(func, args, kwargs)
-    name, twice = func.__name__, TWICE_DIFFERENTIABLE.get(func, func)
+    name: str = func.__name__
+    twice: Callable = TWICE_DIFFERENTIABLE.get(func, func)
     leaves, spec = tree_flatten((args, kwargs))
     slots = [i for i, x in enumerate(leaves) if isinstance(x, Dual) or isinstance(x, Tensor) and x.requires_grad]
     duals = [leaves[i] for i in slots]

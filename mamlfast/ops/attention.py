@@ -129,7 +129,7 @@ def _draw_seed() -> int:
     return int(torch.randint(0, 1 << 62, ()).item())
 
 
-def _segments_of(cu_seqlens, B, T, S, causal):
+def _segments_of(cu_seqlens, B, T, S, causal) -> Any:
     both = (cu_seqlens, cu_seqlens) if isinstance(cu_seqlens, Tensor) else tuple(cu_seqlens)
     if B != 1:
         raise ValueError(f"cu_seqlens packs sequences into a batch of one; q has {B} entries: use segments")
@@ -253,8 +253,7 @@ def _bwd(xs, saved, y_bar, need, *, spec):
         xs_bar = _room(xs[:3], spec).attention_bwd(q, k, v, o, lse, y_bar, spec=spec, need=need[:3])
     else:
         xs_bar = kernel.bwd(q, k, v, o, lse, y_bar, spec)
-    delta = row_sum(y_bar, o) if sinks else None
-    return *xs_bar, *(_over_rows(-_sink_share(lse, sink) * delta, sink) for sink in sinks)
+    return *xs_bar, *(_over_rows(-_sink_share(lse, sink) * row_sum(y_bar, o), sink) for sink in sinks)
 
 
 def _bwd_jvp(xs, xs_dot, saved, y_bar, y_bar_dot, need, need_dot, *, spec):

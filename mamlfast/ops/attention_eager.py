@@ -142,14 +142,14 @@ class _Call:
 
     def chunks(self) -> Iterator["_Chunk"]:
         """Whole batch entries if they fit, else heads, else fewer rows of one key head."""
-        group, left_right = self.H // self.G, self.spec.reach()
+        group, (left, right) = self.H // self.G, self.spec.reach()
         step = max(1, min(ROWS, self.T, CHUNK // max(1, group * self.S)))
         heads = max(1, CHUNK // max(1, group * self.S * step))
         heads = heads // self.G * self.G if heads >= self.G else 1
         for n in range(0, self.B * self.G, heads):
             for t in range(0, self.T, step):
                 rows = slice(t, min(t + step, self.T))
-                keys = _keys_seen(*left_right, rows, self.S)
+                keys = _keys_seen(left, right, rows, self.S)
                 yield _Chunk(call=self, heads=slice(n, min(n + heads, self.B * self.G)), rows=rows, keys=keys)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from mamlfast import native
 from mamlfast.ops.backend import forced_backend, serves_native
 
-Operands = tuple[Tensor, Tensor, Tensor]
+Operands = tuple[Tensor, ...]  # q, k, v
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,7 @@ def _padded(x: Tensor) -> int:
     return -(-x.shape[-1] // step) * step
 
 
-def _laid_out(*xs: Tensor | None) -> MaybeTensors:
+def _laid_out(*xs: Tensor | None) -> Any:
     """Pad the last dimension with zeros to whole lines, and make it contiguous."""
     return tuple(None if x is None else _of_lines(x) for x in xs)
 

@@ -1,5 +1,8 @@
 """The specification of attention: every score in memory, plain PyTorch, differentiable to any order."""
 
+from functools import reduce
+from operator import or_
+
 import torch
 from mamlfast_kernels.attention_spec import AttentionSpec
 from torch import Tensor
@@ -44,10 +47,7 @@ def hidden_pairs(spec: AttentionSpec, batch: slice, rows: slice, keys: slice, de
         part = mask_part(spec.mask, batch, rows, keys)
         parts.append(~part if part.dtype == torch.bool else part == -torch.inf)
     parts = [part for part in parts if part is not None]
-    hidden = parts[0] if parts else None
-    for part in parts[1:]:
-        hidden = hidden | part
-    return hidden
+    return reduce(or_, parts) if parts else None
 
 
 def _out_of_reach(spec, rows, keys, device):
