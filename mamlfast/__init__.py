@@ -14,6 +14,10 @@ from mamlfast.checking import CheckResult as CheckResult
 from mamlfast.checking import check as check
 from mamlfast.dual import Dual as Dual
 from mamlfast.episode import Episode as Episode
+from mamlfast.fuse import fuse as fuse
+from mamlfast.fuse import fused as fused
+from mamlfast.fuse import fusion_report as fusion_report
+from mamlfast.fuse import unfuse as unfuse
 from mamlfast.hvp import hvp as hvp
 from mamlfast.hvp import value_and_grad as value_and_grad
 from mamlfast.inner import SGD as SGD

@@ -372,7 +372,7 @@ def _derived(func, args, kwargs):
     if kwargs.get("inplace"):
         return _in_place_option(func, args, kwargs)
     name: str = func.__name__
-    twice: Callable = TWICE_DIFFERENTIABLE.get(func, func)
+    twice: Callable = TWICE_DIFFERENTIABLE.get(func) or func
     leaves, spec = tree_flatten((args, kwargs))
     slots = [i for i, x in enumerate(leaves) if isinstance(x, Dual) or isinstance(x, Tensor) and x.requires_grad]
     duals = [leaves[i] for i in slots]

@@ -7,7 +7,7 @@ everything is as it was, whatever happened in between.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,44 +17,56 @@ from transformers import PreTrainedModel
 
 from mamlfast import attention_interface
 from mamlfast.blocks import recomputed
+from mamlfast.fuse import Plan, plan
 from mamlfast.swap import swapped
 from mamlfast.tree import Params
 
 _log = logging.getLogger("mamlfast")
 
+Setting = tuple[Any, str, Any]
+
 
 def functional(
-    module: nn.Module, *, recompute: bool = True, blocks: Sequence[nn.Module] | None = None
+    module: nn.Module, *, recompute: bool = True, blocks: Sequence[nn.Module] | None = None, fuse: bool = True
 ) -> tuple[Callable[..., Any], Params]:
     """Return ``call, params`` with ``call(params, *args, **kwargs) == module(*args, **kwargs)`` on ``params``.
 
     ``params`` maps names to the module's trainable parameters (those that require a gradient), detached, each once
     however often it is tied. ``recompute`` keeps only the inputs of ``blocks`` and recomputes the rest in the
-    backward; ``blocks`` defaults to the module's repeated layers, if it has any. Buffers keep their values.
+    backward; ``blocks`` defaults to the module's repeated layers, if it has any. ``fuse`` gives those modules one
+    Rule each that ``mamlfast.fuse`` knows, inside the call. Buffers keep their values.
     Raises ValueError where nothing is trainable.
     """
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError("the module must have a parameter that requires a gradient; all of its parameters are frozen")
     found = list(find_blocks(module) if blocks is None else blocks) if recompute else []
+    fusion = plan(module, for_engine=True) if fuse else None
 
     def call(params: Params, *args, **kwargs):
-        world = partial(holding, settings(module))
-        with swapped(module, params), recomputed(found, world), world():
+        world = partial(_world, settings(module), fusion)
+        with swapped(module, params), world(), recomputed(found, world):
             return module(*args, **kwargs)
 
     return call, params
 
 
+@contextmanager
+def _world(settings: Iterable[Setting], fusion: Plan | None) -> Iterator[None]:
+    with holding(settings), nullcontext() if fusion is None else fusion.held():
+        yield
+
+
 def causal_lm(
-    model: nn.Module, *, recompute: bool = True
+    model: nn.Module, *, recompute: bool = True, fuse: bool = True
 ) -> tuple[Callable[[Params, Mapping[str, Tensor]], Tensor], Params]:
     """Return ``loss, params`` of a Hugging Face causal language model.
 
     ``loss(params, batch)`` is the model's own loss, a scalar, at ``params``; ``batch`` is a dict of tensors as the
     model takes it: ``input_ids`` [B, T] int64, ``labels`` [B, T] (-100 where there is no loss; the model shifts
     them), optionally ``attention_mask``. With ``recompute`` (the default) each decoder layer keeps its input only:
-    one more forward in time, a fraction of the memory.
+    one more forward in time, a fraction of the memory. With ``fuse`` (the default) norms, gates, rotary embeddings
+    and the loss of known classes run as one operation each, as under ``mamlfast.fuse``, for the time of a call.
 
     Attention is ``attn_implementation="mamlfast"``, for the time of a call and whatever the model was loaded with:
     memory linear in T, padding and packed sequences (``position_ids`` that restart) included. Two exceptions: a model
@@ -71,7 +83,7 @@ def causal_lm(
             f"model must be a Hugging Face causal language model; got {type(model).__name__} without a configuration: "
             f"for any other module write loss(params, batch) around mamlfast.functional(model)"
         )
-    call, params = functional(model, recompute=recompute)
+    call, params = functional(model, recompute=recompute, fuse=fuse)
 
     def loss(params: Params, batch: Mapping[str, Tensor]) -> Tensor:
         check_batch(config, batch)
@@ -109,9 +121,6 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
         if isinstance(child, nn.ModuleList) and len({type(m) for m in child}) == 1 and len(child) > max(1, len(best)):
             best = list(child)
     return best
-
-
-Setting = tuple[Any, str, Any]
 
 
 def settings(module: nn.Module) -> list[Setting]:

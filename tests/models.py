@@ -31,6 +31,8 @@ CONFIGS = {
     "qwen3": partial(transformers.Qwen3Config, **_LLAMA_LIKE),
     "mistral": partial(transformers.MistralConfig, **_LLAMA_LIKE, sliding_window=5),
     "gemma2": partial(transformers.Gemma2Config, **_LLAMA_LIKE, query_pre_attn_scalar=6, sliding_window=5),
+    "gemma3": partial(transformers.Gemma3TextConfig, **_LLAMA_LIKE, query_pre_attn_scalar=6, sliding_window=5),
+    "phi3": partial(transformers.Phi3Config, **_SIZES, num_key_value_heads=2),
     "gpt_neox": partial(transformers.GPTNeoXConfig, **_SIZES),
     "opt": partial(
         transformers.OPTConfig,

@@ -27,8 +27,10 @@ LAYERS = [
     "mamlfast.episode",
     "mamlfast.blocks",
     "mamlfast.attention_interface",
-    "mamlfast.model",
+    "mamlfast.fused_modules",
+    "mamlfast.fusable",
     "mamlfast.fuse",
+    "mamlfast.model",
     "mamlfast.hvp",
     "mamlfast.inner",
     "mamlfast.adjoint",
@@ -47,8 +49,10 @@ LAYERS = [
 ]
 MAY_IMPORT_TRANSFORMERS = {
     "mamlfast.attention_interface",
-    "mamlfast.model",
+    "mamlfast.fused_modules",
+    "mamlfast.fusable",
     "mamlfast.fuse",
+    "mamlfast.model",
     "mamlfast.data.tokenizer",
     "mamlfast.evaluation",
     "mamlfast.check",
