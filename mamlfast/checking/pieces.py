@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from mamlfast.blocks import kept
 from mamlfast.checking.differences import padding_rows
 from mamlfast.checking.precision import cast, constants_in, lifted
+from mamlfast.fuse import Plan, plan
 from mamlfast.hvp import Loss, deterministic_attention_dropout
 from mamlfast.model import find_blocks, holding, settings
 from mamlfast.randomness import RandomState
@@ -96,11 +97,16 @@ class Piece:
         slots = [slot for slot in parameter_slots(self.module) if id(slot.tensor) in numbers]
         return slots, [numbers[id(slot.tensor)] for slot in slots]
 
+    @cached_property
+    def _fusion(self) -> Plan:
+        return plan(self.root, for_engine=True)
+
     @contextmanager
     def world(self) -> Iterator[None]:
         """What has to hold around the module while it runs, as the engine sees to it in a model."""
         with (
             holding(settings(self.root)),
+            self._fusion.held(),
             constants_in(self.module, self.wide),
             lifted(self.wide is torch.float64),
             kept(),

@@ -14,6 +14,7 @@ from mamlfast.checking.pieces import HEAD, Piece, capture
 from mamlfast.checking.precision import available_bytes, oracle_dtypes
 from mamlfast.checking.result import CheckResult, ModuleResult
 from mamlfast.checking.whole import Whole
+from mamlfast.fuse import plan
 from mamlfast.model import causal_lm, find_blocks
 from mamlfast.randomness import RandomState
 
@@ -67,6 +68,7 @@ def check(model: nn.Module, batch: Mapping[str, Tensor], *, seed: int = 0) -> Ch
             own_dtype=shown(own.dtype),
             claims=found,
             modules=modules,
+            fusion=str(plan(model, for_engine=True).report),
             costs=costs[0],
             recomputing=costs[1],
             overhead_ms=_overhead(model, batch),

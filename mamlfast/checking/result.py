@@ -94,6 +94,7 @@ class CheckResult:
     modules: tuple[ModuleResult, ...]
     costs: Costs | None
     recomputing: Costs | None
+    fusion: str
     overhead_ms: float | None
     notes: tuple[str, ...]
 
@@ -127,6 +128,7 @@ class CheckResult:
         yield from ("", *_table(self.modules, self.own_dtype, self.costs, self.recomputing))
         yield from (_LEGEND.format(own=self.own_dtype), "", "Answered by:")
         yield from _answers(self.modules)
+        yield from ("", "Fused, in the engine:", *(f"  {line}" for line in self.fusion.splitlines()))
         if self.overhead_ms is not None:
             yield f"\nPython and dispatch, a block's H v: at most {self.overhead_ms:.2f} ms (its time on two tokens)."
         yield from (f"Note: {note}." for note in self.notes)

@@ -26,8 +26,9 @@ from mamlfast.tree import Params
 class Whole:
     """A model on a batch in one precision; every evaluation is on the same random draws.
 
-    ``wide`` is the precision of an oracle, None the model's own; float64 takes its casts to float32 along. ``eager``
-    puts transformers' eager attention, which has nothing of ours in it, where the engine would put its own.
+    ``wide`` is the precision of an oracle, None the model's own; float64 takes its casts to float32 along. An oracle's
+    gradients and double backward are of the modules as they are, not fused. ``eager`` puts transformers' eager
+    attention, which has nothing of ours in it, where the engine would put its own.
     """
 
     model: nn.Module
@@ -54,7 +55,7 @@ class Whole:
     def gradient(self, params: Params) -> tuple[Tensor, list[Tensor]]:
         """The loss and its gradient, in the order of the parameters."""
         with self._world():
-            value, grads = value_and_grad(self._loss(), params, self._batch())
+            value, grads = value_and_grad(self._loss(fuse=self.wide is None), params, self._batch())
         return value, list(grads.values())
 
     def hvp(self, params: Params, v: Params) -> tuple[Tensor, list[Tensor]]:
@@ -68,7 +69,7 @@ class Whole:
         """``H v`` by ``create_graph=True``: plain autograd, every activation kept."""
         xs = leaves(list(params.values()))
         with self._world(), kept(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            value = self._loss()(dict(zip(params, xs, strict=True)), self._batch())
+            value = self._loss(fuse=False)(dict(zip(params, xs, strict=True)), self._batch())
             grads = vjp([value], xs, [torch.ones_like(value)], create_graph=True)
             return vjp(grads, xs, list(v.values()))
 
@@ -124,8 +125,8 @@ class Whole:
         ):
             yield
 
-    def _loss(self, recompute: bool = True) -> Loss:
-        return causal_lm(self.model, recompute=recompute)[0]
+    def _loss(self, *, recompute: bool = True, fuse: bool = True) -> Loss:
+        return causal_lm(self.model, recompute=recompute, fuse=fuse)[0]
 
     def _batch(self):
         return {name: cast(t, self.wide) if isinstance(t, Tensor) else t for name, t in self.batch.items()}
