@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mamlfast")
     group.addoption("--full", action="store_true", help="the long sweep over inner steps and sequence lengths")
     group.addoption("--record", action="store_true", help="write bench/results/<date>-<machine>.json")
+    group.addoption("--jax-python", help="an interpreter that has jax; default: $MAMLFAST_JAX_PYTHON, or this one")
 
 
 @pytest.hookimpl(tryfirst=True)

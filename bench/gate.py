@@ -56,8 +56,8 @@ def judge(contender: Contender, found: float, threshold: float) -> float:
 @cache
 def examine(contender: Contender) -> float:
     """Return the contender's error on the small model in float64; raise WrongResult as ``judge`` does."""
-    oracle = DOUBLE_BACKWARD.prepared(SETTING, _model(DOUBLE_BACKWARD))()
-    found = error(contender.prepared(SETTING, _model(contender))(), oracle)
+    oracle = DOUBLE_BACKWARD.prepared(SETTING, model_of(DOUBLE_BACKWARD))()
+    found = error(contender.prepared(SETTING, model_of(contender))(), oracle)
     return judge(contender, found, FLOAT64_THRESHOLD)
 
 
@@ -67,5 +67,6 @@ def admit(contender: Contender) -> float:
     return examine(contender)
 
 
-def _model(contender):
+def model_of(contender: Contender):
+    """The small model, in float64, with the contender's attention."""
     return SETTING.shape.model(attention=contender.attention, dtype=torch.float64)

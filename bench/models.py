@@ -63,8 +63,9 @@ class Shape:
 TINY = Shape(name="llama-tiny", layers=2, width=32, ffn=48, heads=4, vocabulary=64)
 LLAMA_5M = Shape(name="llama-5m", layers=4, width=256, ffn=688, heads=4, vocabulary=4096)
 LLAMA_30M = Shape(name="llama-30m", layers=8, width=512, ffn=1376, heads=8, vocabulary=4096)
+LLAMA_30M_50K = Shape(name="llama-30m-50k", layers=8, width=512, ffn=1376, heads=8, vocabulary=50257)
 
-SHAPES = {shape.name: shape for shape in (TINY, LLAMA_5M, LLAMA_30M)}
+SHAPES = {shape.name: shape for shape in (TINY, LLAMA_5M, LLAMA_30M, LLAMA_30M_50K)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 import mamlfast
+from bench.ops import OpTime
 from bench.peak import MB, ROOT, Peak, available_bytes, total_bytes
+from bench.peers import PeerTime
 from bench.timing import Time
 
 RESULTS = ROOT / "bench" / "results"
@@ -21,12 +23,14 @@ RESULTS = ROOT / "bench" / "results"
 
 @dataclass(kw_only=True)
 class Report:
-    """Grows while the benchmarks run: gate errors by contender, times, peaks, and the targets that were met."""
+    """Grows while the benchmarks run: gate errors by contender, times, peaks, peers, operations, and the targets."""
 
     full: bool
     float64_errors: dict[str, float] = field(default_factory=dict)
     times: list[Time] = field(default_factory=list)
     peaks: list[Peak] = field(default_factory=list)
+    peers: list[PeerTime] = field(default_factory=list)
+    ops: list[OpTime] = field(default_factory=list)
     targets: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -38,7 +42,7 @@ class Report:
 
         Raises ValueError where nothing was measured.
         """
-        if not (self.times or self.peaks):
+        if not (self.times or self.peaks or self.peers or self.ops):
             raise ValueError("there is nothing to record: no benchmark was run")
         name = f"{date.today().isoformat()}-{machine_slug()}{'-full' if self.full else ''}.json"
         content = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(), **asdict(self)}
