@@ -7,7 +7,7 @@ uses it at once (an inner update, ``v <- v - lr H v``) holds no second copy of t
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,9 @@ def sweep(loss: Loss, params: Params, batch: Any, consume: Consume, v: Params | 
         leaf.register_post_accumulate_grad_hook(partial(_deliver, consume, name)) for name, leaf in leaves.items()
     ]
     try:
-        with torch.enable_grad(), deterministic_attention_dropout():
+        # A mode is asked at every torch function: a loss that needs none says so.
+        safe = getattr(loss, "repeats_draws", False)
+        with torch.enable_grad(), nullcontext() if safe else deterministic_attention_dropout():
             value = _check(loss(leaves if v is None else _duals(leaves, v), batch), v is not None)
             slope = value.tangent if isinstance(value, Dual) else value
             if slope.requires_grad:

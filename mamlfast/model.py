@@ -48,6 +48,8 @@ def functional(
         with swapped(module, params), world(), recomputed(found, world):
             return module(*args, **kwargs)
 
+    # Decoders that are known, head and loss included, run attention under transformers' names only.
+    call.repeats_draws = fusion is not None and "" in fusion.report.fused  # pyright: ignore[reportFunctionMemberAccess]
     return call, params
 
 
@@ -89,6 +91,7 @@ def causal_lm(
         check_batch(config, batch)
         return call(params, **batch, use_cache=False).loss
 
+    loss.repeats_draws = call.repeats_draws  # pyright: ignore[reportFunctionMemberAccess]
     return loss, params
 
 
