@@ -21,10 +21,13 @@ from mamlfast.fuse import unfuse as unfuse
 from mamlfast.hvp import hvp as hvp
 from mamlfast.hvp import value_and_grad as value_and_grad
 from mamlfast.inner import SGD as SGD
+from mamlfast.inner import Adam as Adam
+from mamlfast.inner import AdamW as AdamW
 from mamlfast.meta import MetaLearner as MetaLearner
 from mamlfast.meta import MetaLosses as MetaLosses
 from mamlfast.meta import adapt as adapt
 from mamlfast.meta import meta_grad as meta_grad
+from mamlfast.meta import optimizer_state as optimizer_state
 from mamlfast.model import causal_lm as causal_lm
 from mamlfast.model import functional as functional
 

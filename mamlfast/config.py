@@ -60,7 +60,9 @@ class MethodConfig:
     support_batch: int = _option(8, "support prompts of a task")
     query_batch: int = _option(24, "query prompts of a task")
     inner_steps: int = _option(1, "inner steps on the support")
-    inner_lr: float = _option(0.2, "learning rate of the inner SGD")
+    inner: Literal["sgd", "adam", "adamw"] = _option("sgd", "inner optimizer")
+    inner_lr: float = _option(0.2, "learning rate of the inner optimizer; for adam about a hundredth of sgd's")
+    inner_clip: float = _option(0.0, "largest norm of an inner gradient; 0: no limit")
     outer_lr: float = _option(5e-3, "peak learning rate of the outer AdamW")
     warmup: float = _option(0.05, "part of the run over which the outer learning rate rises, before its decay to 0")
     weight_decay: float = _option(0.0, "weight decay of the outer AdamW")
@@ -68,7 +70,7 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_steps", "num_tasks", "support_batch", "query_batch", "inner_steps")
-        _at_least(self, 0, "inner_lr", "outer_lr", "warmup", "weight_decay", "clip")
+        _at_least(self, 0, "inner_lr", "inner_clip", "outer_lr", "warmup", "weight_decay", "clip")
         if self.warmup > 1 or self.outer_lr > 1:
             raise ValueError(f"--warmup and --outer-lr must be at most 1, got {self.warmup} and {self.outer_lr}")
 

@@ -39,12 +39,13 @@ from mamlfast.data.tasks import FewShot, Suite
 from mamlfast.data.tokenizer import END_ID, PAD_ID, padding_id, piece_encoder, train_tokenizer
 from mamlfast.episode import Episode
 from mamlfast.evaluation import Scorer, mean_score, to_device
-from mamlfast.inner import SGD
+from mamlfast.inner import SGD, Adam, AdamW
 from mamlfast.meta import MetaLearner, MetaLosses
 from mamlfast.report import CURVE_FILE, Metrics, OutputFolder, draw_curve, table, write_config
 
 # Below so many parameters threads wait for each other longer than they compute, on a busy machine 20 times as long.
 SMALL = 5_000_000
+_INNER = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
 _STYLES = {"metaicl": METAICL, "compact": COMPACT}
 
 
@@ -99,7 +100,7 @@ def train(config: TrainConfig) -> None:
 
 _LEGEND = """\
 Loss: nats a target token. Accuracy: of the option with the smallest loss or, without options, of greedy decoding.
-Adapted: after {steps} inner SGD step(s) on the task's shots. Unseen: tasks that training had no example of."""
+Adapted: after {steps} inner step(s) on the task's shots. Unseen: tasks that training had no example of."""
 
 
 @contextmanager
@@ -150,9 +151,8 @@ def prepare(config: TrainConfig) -> Run:
     )
     adjoint = FirstOrder() if method.method == "fomaml" else Replay()
     # Prompts are short: keeping activations costs little and saves a forward.
-    learner = MetaLearner(
-        model, inner=SGD(lr=method.inner_lr), steps=method.inner_steps, adjoint=adjoint, recompute=False
-    )
+    inner = _INNER[method.inner](lr=method.inner_lr, clip=method.inner_clip or None)
+    learner = MetaLearner(model, inner=inner, steps=method.inner_steps, adjoint=adjoint, recompute=False)
     scorer = Scorer(prompter=prompter, pad_id=pad_id, shots=data.shots)
     return Run(model=model, tokenizer=tokenizer, suite=suite, learner=learner, sampler=sampler, scorer=scorer)
 

@@ -5,6 +5,8 @@ import torch
 
 import mamlfast
 from mamlfast import SGD, Episode, MetaLearner, Replay
+from mamlfast.inner import AdamW
+from mamlfast.meta import optimizer_state
 from tests.models import LR, double_backward, draw_batch, draw_episode, overall_error, tiny_model
 
 
@@ -107,6 +109,59 @@ def test_an_outer_optimizer_that_follows_the_meta_gradient_lowers_the_adapted_lo
         seen.append(float(learner.backward(episodes).query.mean()))
         optimizer.step()
     assert seen == sorted(seen, reverse=True) and seen[-1] < seen[0] - 0.05
+
+
+def test_backward_gives_learned_rates_their_gradient_through_what_computed_them():
+    model, episodes = tiny_model("gpt2"), [draw_episode(2), draw_episode(2, padded="right")]
+    log_lr = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+    fixed = torch.tensor(0.05, dtype=torch.float64)
+    learner = MetaLearner(model, inner=SGD(lr=[log_lr.exp(), fixed]))
+    learner.backward(episodes)
+    results = [mamlfast.meta_grad(learner.loss, learner.params, e, inner=learner.inner) for e in episodes]
+    want = sum(r.lr_grads[0] for r in results) / 2 * log_lr.detach().exp()
+    torch.testing.assert_close(log_lr.grad, want)
+    assert want != 0 and fixed.grad is None
+
+
+def test_the_inner_loop_starts_from_the_moments_of_the_outer_optimizer_and_leaves_them_alone():
+    model, episodes = tiny_model("gpt2"), [draw_episode(2)]
+    outer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inner = AdamW(lr=1e-3, eps=1e-4)
+    learner = MetaLearner(model, inner=inner, state=lambda: optimizer_state(outer, model))
+    fresh = mamlfast.meta_grad(learner.loss, learner.params, episodes[0], inner=inner)
+    assert torch.equal(learner.backward(episodes).query[0], fresh.query_loss)  # nothing to share yet
+    outer.step()
+    moments = {n: {k: x.clone() for k, x in slots.items()} for n, slots in learner._state().items()}
+    outer.zero_grad()
+    shared = learner.backward(episodes)
+    want = mamlfast.meta_grad(
+        learner.loss, learner.params, episodes[0], inner=inner, state=moments, adjoint=mamlfast.Unrolled()
+    )
+    assert overall_error({n: p.grad for n, p in model.named_parameters()}, want.grads) < 1e-6
+    fresh = mamlfast.meta_grad(learner.loss, learner.params, episodes[0], inner=inner)
+    assert abs(shared.query[0] - fresh.query_loss) > 1e-5
+    assert all(equal(slots, moments[name]) for name, slots in learner._state().items())
+    with learner.adapted(episodes[0].support):
+        assert overall_error(weights(model), want.adapted) < 1e-12
+
+
+def test_a_learned_rate_without_an_exact_adjoint_raises_and_leaves_every_gradient_alone():
+    model, lr = tiny_model("gpt2"), torch.tensor(LR, requires_grad=True)
+    with pytest.raises(ValueError, match="Replay or Unrolled"):
+        MetaLearner(model, inner=SGD(lr=lr), adjoint=mamlfast.FirstOrder()).backward([draw_episode(1)])
+    assert lr.grad is None and all(p.grad is None for p in model.parameters())
+
+
+def test_learned_initial_moments_get_their_gradient():
+    model = tiny_model("gpt2")
+    loss, params = mamlfast.causal_lm(model)
+    state = {n: {"momentum_buffer": torch.full_like(p, 0.01).requires_grad_()} for n, p in params.items()}
+    MetaLearner(model, inner=SGD(lr=LR, momentum=0.9), state=state).backward([draw_episode(2)])
+    want = mamlfast.meta_grad(
+        loss, params, draw_episode(2), inner=SGD(lr=LR, momentum=0.9), state=state, adjoint=mamlfast.Unrolled()
+    ).state_grads
+    got = {n: slots["momentum_buffer"].grad for n, slots in state.items()}
+    assert overall_error(got, {n: slots["momentum_buffer"] for n, slots in want.items()}) < 1e-6
 
 
 BATCH = {"input_ids": torch.ones(2, 4, dtype=torch.long)}

@@ -50,7 +50,7 @@ def test_every_instruction_set_computes_the_same(capability, tmp_path):
         "torch.save([sample(torch.float32), sample(torch.float64)], sys.argv[1])"
     )
     root, file = Path(__file__).parents[2], tmp_path / "results"
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(root)}
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code, file], check=True, cwd=root, env=environment)
     single, double = torch.load(file)
     here = sample(torch.float32)
