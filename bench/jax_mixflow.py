@@ -72,8 +72,8 @@ def to_hugging_face(tree: dict) -> dict[str, np.ndarray]:
 
 def loss_function(heads: int, eps: float, inv_freq: np.ndarray, loop: str):
     """``loss(params, ids)``, the mean next-token loss of a Llama whose blocks are rematerialised."""
-    import jax
-    import jax.numpy as jnp
+    import jax  # pyright: ignore[reportMissingImports]
+    import jax.numpy as jnp  # pyright: ignore[reportMissingImports]
 
     def rms_norm(x, w):
         return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * w
@@ -115,7 +115,7 @@ def loss_function(heads: int, eps: float, inv_freq: np.ndarray, loop: str):
 
 def meta_loss_function(loss, lr: float):
     """``meta_loss(params, support, query)``: the query loss after one SGD step on each support batch."""
-    import jax
+    import jax  # pyright: ignore[reportMissingImports]
 
     @jax.custom_vjp
     def inner_grad(params, ids):
@@ -142,7 +142,7 @@ def meta_loss_function(loss, lr: float):
 
 def compiled(file: str, loop: str):
     """Return ``run``, which computes the meta-gradient of what the input file holds, compiled and run once."""
-    import jax
+    import jax  # pyright: ignore[reportMissingImports]
 
     with np.load(file) as given:
         arrays = dict(given)
@@ -209,7 +209,7 @@ def main() -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
     begin = time.perf_counter()
     run = compiled(given.input, given.loop)
-    import jax
+    import jax  # pyright: ignore[reportMissingImports]
 
     ready = {"jax": jax.__version__, "compile_seconds": time.perf_counter() - begin, "pid": os.getpid()}
     print(json.dumps(ready), flush=True)

@@ -102,6 +102,7 @@ class Worker:
 
     def ask(self, command: str) -> dict:
         """Send a line and return the answer. Raises RuntimeError, with what the process said, where it has ended."""
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
@@ -117,6 +118,7 @@ class Worker:
             return {name: torch.from_numpy(a) for name, a in written.items()}
 
     def _answer(self):
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(self._ended())
