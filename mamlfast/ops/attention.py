@@ -44,7 +44,7 @@ from mamlfast.ops.attention_compiled import compiled_attention, fold_attention
 from mamlfast.ops.attention_eager import row_sum
 from mamlfast.ops.attention_reference import attention_reference as attention_reference
 from mamlfast.ops.backend import backend_for, forced_backend
-from mamlfast.ops.rule import Rule
+from mamlfast.ops.rule import Rule, is_constant
 
 _log = logging.getLogger("mamlfast")
 
@@ -175,8 +175,8 @@ def _check_visibility(q, S, mask, key_mask, segments):
             raise ValueError(f"mask must be broadcastable to [B, H, T, S] = {[B, H, T, S]}; got {list(mask.shape)}")
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"mask must be bool (True: visible) or floating (added), got {mask.dtype}")
-        if mask.requires_grad:
-            raise ValueError("mask must be a constant; it requires a gradient, which attention does not give it")
+        if not is_constant(mask):
+            raise ValueError("mask must be a constant; it has a gradient or tangent, which attention does not pass on")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (B, S)):
         raise ValueError(f"key_mask must be bool [B, S] = {[B, S]}; got {key_mask.dtype} {list(key_mask.shape)}")
     if segments is not None:

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _disabled_torch_function_impl
-from torch.autograd import forward_ad
 
 from mamlfast.ops.backend import backend_for
-from mamlfast.ops.rule import Rule
+from mamlfast.ops.rule import Rule, is_constant
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, rotary_dims: int | None = None) -> Tensor:
@@ -56,7 +55,7 @@ def _check_constant(name, table):
     """Refuse a table that any mode of differentiation looks at: an option's derivative would silently be zero."""
     if type(table) is not Tensor and type(table).__torch_function__ is not _disabled_torch_function_impl:
         raise ValueError(f"{name} must be a plain tensor, a constant; got a {type(table).__name__}")
-    if table.requires_grad or forward_ad.unpack_dual(table).tangent is not None:
+    if not is_constant(table):
         raise ValueError(
             f"{name} must be a constant; its derivative is wanted, which rotary does not give it: detach it"
         )

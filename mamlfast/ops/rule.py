@@ -198,6 +198,11 @@ def _vjp(outputs, inputs, cotangents):
     return torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
 
 
+def is_constant(x: Tensor) -> bool:
+    """Whether no derivative is asked of ``x``: what an option has to be, which gets none."""
+    return not x.requires_grad and forward_ad.unpack_dual(x).tangent is None
+
+
 def transforms_active() -> bool:
     """Whether ``torch.func`` or forward mode is at work; put so that Dynamo can answer while it traces."""
     return isinstance(peek_interpreter_stack(), CInterpreter) or forward_ad._current_level >= 0

@@ -278,6 +278,13 @@ def test_forward_mode_and_duals_agree_with_double_backward():
     close(torch.autograd.grad(gradients, leaves, tangents), forward_over_reverse)
 
 
+@pytest.mark.parametrize("differentiate", [lambda f, m: jvp(f, (m,), (m,)), lambda f, m: grad(f)(m)])
+def test_a_mask_with_a_derivative_is_refused_and_not_a_silent_zero(differentiate):
+    xs = draw()
+    with pytest.raises(ValueError, match="mask must be a constant"):
+        differentiate(lambda mask: attention(*xs, mask=mask).square().sum(), torch.zeros(T, T, dtype=torch.float64))
+
+
 OTHER = torch.zeros(1)
 BAD = {
     "q must have four dimensions": lambda q, k, v: attention(q[0], k, v),
