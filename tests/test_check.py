@@ -137,6 +137,9 @@ def test_an_exact_model_passes_with_every_module_accounted_for(name):
     assert sum(len(m.paths) for m in of_kind(result, "Linear")) == sum(
         isinstance(m, nn.Linear) for m in model.modules()
     )
+    if name == "llama":  # as the engine runs them
+        assert all("rms_norm" in m.answered_by for m in of_kind(result, "LlamaRMSNorm"))
+        assert "swiglu" in result.fusion and "rms_norm" in str(result)
     assert result.costs.hvp_ms > 0 and result.overhead_ms is not None and result.overhead_ms > 0
     assert 0 < result.recomputing.hvp_saved_mb < result.costs.hvp_saved_mb
 

@@ -131,3 +131,17 @@ def test_a_loss_that_is_none_is_refused(loss, message):
 def test_a_direction_unlike_the_parameters_is_refused(v):
     with pytest.raises(ValueError, match="v"):
         mamlfast.hvp(quadratic, {"x": torch.ones(2)}, v, None)
+
+
+def test_dropout_in_torchs_attention_is_the_same_with_and_without_a_direction():
+    def loss(params, batch):
+        x = (batch @ params["w"]).view(1, 1, 6, 4)
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5).square().sum()
+
+    generator = torch.Generator().manual_seed(0)
+    params, batch = {"w": torch.randn(4, 4, generator=generator)}, torch.randn(6, 4, generator=generator)
+    values = []
+    for v in (None, {"w": torch.ones(4, 4)}):
+        torch.manual_seed(1)
+        values.append(sweep(loss, params, batch, lambda name, g: None, v))
+    torch.testing.assert_close(*values)

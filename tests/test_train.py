@@ -30,6 +30,7 @@ from mamlfast.data.batch import collate
 from mamlfast.data.prompt import IGNORED, Tokens
 from mamlfast.data.tokenizer import train_tokenizer
 from mamlfast.episode import Episode
+from mamlfast.inner import SGD, Adam, AdamW
 from mamlfast.train import backward, joint_backward, main, prepare, reproducibly, spread
 from tests.models import float64_throughout, overall_error, relative_error
 
@@ -340,3 +341,10 @@ def test_a_real_checkpoint_trains_on_real_tasks(shared, tmp_path):
     assert embedded(tmp_path / "out", *flags, *quick) == 0
     assert adapted_loss(tmp_path / "out", "after") < adapted_loss(tmp_path / "out", "before")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 512
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", SGD), ("adam", Adam), ("adamw", AdamW)])
+def test_the_inner_optimizer_is_the_one_that_was_asked_for(name, kind):
+    run = prepare(parse_args([*QUICK, "--inner", name, "--inner-lr", "0.01", "--inner-clip", "2.0"]))
+    assert run.learner.inner == kind(lr=0.01, clip=2.0)
+    assert prepare(parse_args([*QUICK])).learner.inner.clip is None
